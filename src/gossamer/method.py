@@ -1,0 +1,160 @@
+"""Method: what a sparse training method has to say. Everything it does not say is the Sparsifier's.
+
+A method is a frozen dataclass of its hyperparameters. It holds no state: what changes during
+training lives in the model (masks, thresholds) and in the step count.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.allocation import allocate
+from gossamer.site import ChannelPool, Site
+from gossamer.sparse_weight import SparseWeight
+
+__all__ = [
+    "Cost",
+    "Method",
+    "Progress",
+    "SupportChange",
+    "allocate_density",
+    "check_choice",
+    "check_range",
+]
+
+
+class Progress(NamedTuple):
+    """Where training stands: optimizer steps done, and steps of the whole run."""
+
+    step: int
+    total_steps: int
+
+    @property
+    def fraction(self) -> float:
+        """Share of training that is done, in [0, 1]."""
+        return min(self.step / self.total_steps, 1.0)
+
+
+class Cost(NamedTuple):
+    """Which of the three products of a training step skip weights off the support."""
+
+    sparse_forward: bool
+    sparse_grad_input: bool
+    sparse_grad_weight: bool
+
+
+class SupportChange(NamedTuple):
+    """New support of one site: `kept | grown`. Whatever is not kept starts at zero, with its
+    optimizer state cleared, also when it is dropped and grown in the same update.
+    """
+
+    kept: Tensor
+    grown: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Hyperparameters and rules of one sparse training method."""
+
+    @property
+    @abstractmethod
+    def cost(self) -> Cost:
+        """What the method costs in each product of a training step."""
+
+    @abstractmethod
+    def budget(self, shapes: Sequence[torch.Size]) -> list[int]:
+        """Weights on the support of each site at the start, given all sites' shapes."""
+
+    @abstractmethod
+    def attach(self, weight: nn.Parameter, count: int, generator: torch.Generator) -> SparseWeight:
+        """The SparseWeight of one site: `weight: (out, in, *kernel)`, `count` on the support."""
+
+    def validate(self, widths: Mapping[str, int], total_steps: int) -> None:
+        """Raise ValueError when the model or the length of the run cannot serve the method.
+
+        Args:
+            widths: Channels of every layer that may lose some, by name.
+            total_steps: Optimizer steps of the run.
+        """
+        return None
+
+    def updates_at(self, progress: Progress) -> bool:
+        """Whether the support changes after this step."""
+        return False
+
+    def wants_dense_grad(self, progress: Progress) -> bool:
+        """Whether this step's update needs gradients off the support."""
+        return False
+
+    def update(
+        self, sites: Sequence[Site], progress: Progress, generator: torch.Generator
+    ) -> list[SupportChange] | None:
+        """The supports after this step, one change per site; None leaves all as they are."""
+        return None
+
+    def removals(self, pools: Sequence[ChannelPool], progress: Progress) -> list[Tensor] | None:
+        """Channels to remove after this step: indices per pool, or None when none is due."""
+        return None
+
+    def penalty(self, sites: Sequence[Site]) -> Tensor | None:
+        """Term to add to the loss, 0-d; None for none."""
+        return None
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether the method works on channel groups, so that the Sparsifier needs an example."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and hyperparameters, as plain data."""
+        return {"name": type(self).__name__, **asdict(self)}
+
+    @classmethod
+    def hyperparameters(cls) -> tuple[str, ...]:
+        """Names of the hyperparameters, in order."""
+        return tuple(field.name for field in fields(cls))
+
+
+def allocate_density(distribution: str, shapes: Sequence[torch.Size], density: float) -> list[int]:
+    """Weights per layer, summing to `round(density * all weights)`."""
+    total = sum(shape.numel() for shape in shapes)
+    budget = round(density * total)
+    if budget < len(shapes):
+        raise ValueError(
+            f"density={density} is below the reachable minimum: {budget} of {total} weights for "
+            f"{len(shapes)} layers, and every layer needs one; give at least "
+            f"{len(shapes) / total:.3g}"
+        )
+    return allocate(distribution, shapes, budget)
+
+
+def check_range(
+    method: Method, name: str, low: float, high: float, *, open_low: bool = False
+) -> None:
+    """Raise ValueError unless hyperparameter `name` lies in [low, high] (or (low, high])."""
+    value = getattr(method, name)
+    if not (low < value if open_low else low <= value) or not value <= high:
+        bracket = "(" if open_low else "["
+        raise ValueError(
+            f"{type(method).__name__}: {name}={value!r} is out of range: "
+            f"give a value in {bracket}{low}, {high}]"
+        )
+
+
+def check_choice(method: Method, name: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless hyperparameter `name` is one of `choices`; names the nearest."""
+    value = getattr(method, name)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(
+            f"{type(method).__name__}: {name}={value!r} is unknown{hint}: "
+            f"choose one of {', '.join(choices)}"
+        )

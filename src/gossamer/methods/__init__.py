@@ -1,0 +1,1 @@
+"""The methods, one file each: science only. Methods never import each other."""

@@ -1,0 +1,122 @@
+"""shrink: cut every channel that no layer reads out of a plain model with zeros in it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from gossamer.channels import ChannelGroup, Example, find_groups, first_samples
+from gossamer.shrink.plan import Plan
+from gossamer.shrink.verify import cut_verified, max_difference, outputs
+
+__all__ = ["GroupReport", "Shrunk", "shrink"]
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What became of one layer's channels: `before` and `after`, and why they stay if they do."""
+
+    layer: str
+    before: int
+    after: int
+    note: str
+
+
+@dataclass(frozen=True, eq=False)
+class Shrunk:
+    """A slim model, how it was cut, and the proof.
+
+    Attributes:
+        model: The slim model, plain PyTorch.
+        plan: Kept positions; with the full-width class it rebuilds the slim model.
+        report: One row per channel group.
+        max_abs_difference: Between the outputs of both models on the example, eval mode.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: tuple[GroupReport, ...]
+    max_abs_difference: float
+
+    @property
+    def removed(self) -> int:
+        """Channels removed, over all groups."""
+        return sum(row.before - row.after for row in self.report)
+
+    def table(self) -> str:
+        """The report as aligned text."""
+        width = max([len("layer"), *(len(row.layer) for row in self.report)])
+        lines = [f"{'layer':<{width}}  before   after  note"]
+        lines += [
+            f"{row.layer:<{width}}  {row.before:>6}  {row.after:>6}  {row.note}".rstrip()
+            for row in self.report
+        ]
+        return "\n".join(lines)
+
+
+def shrink(model: nn.Module, example: Example, plan: Plan | None = None) -> Shrunk:
+    """A copy of `model` without the channels that no layer reads; outputs stay the same.
+
+    A channel goes when every consumer's weights for it are zero: then whatever it computes, and
+    whatever a norm adds to it, reaches nothing. Cutting one layer can free channels of the layer
+    before, so this repeats until nothing more goes. Cuts are verified on the example and taken
+    back where outputs differ.
+
+    Args:
+        model: A plain model (after `finalize()`); it is not changed.
+        example: An input it accepts: tensor, tuple of positional or dict of keyword inputs.
+        plan: What had been cut before, during training (`sparsifier.plan`); the result's plan
+            continues it.
+
+    Raises:
+        ValueError: The model is still parametrized, or cannot be traced; names the module.
+    """
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            raise ValueError(
+                f"{name} is still parametrized: call sparsifier.finalize() (or "
+                "gossamer.finalize(model) on a copy) before shrink"
+            )
+    slim = copy.deepcopy(model)
+    whole = Plan() if plan is None else copy.deepcopy(plan)
+    groups = find_groups(model, example)
+    before = {group.name: group.channels for group in groups}
+    notes = {group.name: group.locked for group in groups if group.locked}
+    sample = first_samples(example, 2)
+    while True:
+        dead = [(g, _unread(slim, g)) for g in groups if g.name not in notes]
+        made = cut_verified(slim, dead, sample)
+        notes.update(made.refused)
+        for cuts in made.batches:
+            whole.record(cuts)
+            groups = [group.after(cuts) for group in groups]
+        if not made.batches:
+            break
+    report = tuple(
+        GroupReport(
+            group.name,
+            before[group.name],
+            group.channels,
+            f"kept: {notes[group.name]}" if group.name in notes else "",
+        )
+        for group in groups
+    )
+    difference = max_difference(outputs(model, example), outputs(slim, example))
+    return Shrunk(slim, whole, report, difference)
+
+
+def _unread(model: nn.Module, group: ChannelGroup) -> Tensor:
+    """Channels whose every consumer weight is zero; one always stays."""
+    unread = torch.ones(group.channels, dtype=torch.bool)
+    for part in group.consumers:
+        weight = model.get_submodule(part.layer).weight
+        assert isinstance(weight, Tensor)
+        per_input = (weight.detach() != 0).transpose(0, 1).flatten(1).any(1).cpu()
+        unread &= ~per_input[part.index].any(1)
+    if unread.all():
+        unread[0] = False
+    return unread.nonzero().squeeze(1)

@@ -1,0 +1,141 @@
+"""Verification: a cut must leave the outputs as they were, or it is taken back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.channels import ChannelGroup, Cut, Example, forward
+from gossamer.shrink.slice import apply_cuts, cuts_for
+
+__all__ = ["Verified", "cut_verified", "eval_mode", "max_difference", "outputs", "try_cuts"]
+
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode; afterwards each one as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def outputs(model: nn.Module, example: Example) -> list[Tensor]:
+    """All tensors of the model's output on `example`, in eval mode, without autocast."""
+    device = next(model.parameters()).device.type
+    with eval_mode(model), torch.inference_mode(), torch.autocast(device, enabled=False):
+        return list(_tensors(forward(model, example)))
+
+
+def max_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """Largest absolute difference over all outputs; infinite when shapes differ or one is NaN."""
+    if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
+        return float("inf")
+    worst = 0.0
+    for one, other in zip(first, second, strict=True):
+        if one.numel():
+            difference = float((one.double() - other.double()).abs().max())
+            worst = max(worst, difference if difference == difference else float("inf"))
+    return worst
+
+
+def _tolerance(values: Sequence[Tensor]) -> float:
+    """Difference that reordered sums may cause: relative to the largest output, at least to 1."""
+    scale = max([1.0, *(float(value.abs().max()) for value in values if value.numel())])
+    return scale * max((_TOLERANCE.get(value.dtype, 0.0) for value in values), default=0.0)
+
+
+class Verified(NamedTuple):
+    """Cuts that were made, batch after batch, and the groups whose cut was taken back, with why."""
+
+    batches: list[list[Cut]]
+    refused: dict[str, str]
+
+
+def cut_verified(
+    model: nn.Module,
+    removals: Sequence[tuple[ChannelGroup, Tensor]],
+    example: Example,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Verified:
+    """Remove channels in place, where that leaves the outputs on `example` as they were.
+
+    All groups are cut at once; only when outputs differ is each tried by itself, and taken back if
+    it is to blame.
+    """
+    before = outputs(model, example)
+    limit = _tolerance(before)
+
+    def attempt(chosen: Sequence[tuple[ChannelGroup, Tensor]]) -> tuple[list[Cut], str]:
+        cuts = cuts_for(model, chosen)
+        undo = apply_cuts(model, cuts, optimizer)
+        try:
+            difference = max_difference(before, outputs(model, example))
+        except Exception as error:
+            # Whatever a model raises on a wrong width says the same: this group must stay.
+            undo()
+            return [], f"the model fails once they are cut ({type(error).__name__}: {error})"
+        if difference > limit:
+            undo()
+            return [], f"cutting them changes the outputs by {difference:.3g}"
+        return cuts, ""
+
+    removals = [(group, channels) for group, channels in removals if len(channels)]
+    if not removals:
+        return Verified([], {})
+    cuts, reason = attempt(removals)
+    if not reason:
+        return Verified([cuts], {})
+    batches: list[list[Cut]] = []
+    refused: dict[str, str] = {}
+    for group, channels in removals:
+        rows = torch.zeros(group.channels, dtype=torch.bool)
+        rows[channels] = True
+        for batch in batches:
+            group = group.after(batch)
+        cuts, reason = attempt([(group, rows.nonzero().squeeze(1))])
+        if reason:
+            refused[group.name] = reason
+        else:
+            batches.append(cuts)
+    return Verified(batches, refused)
+
+
+def try_cuts(model: nn.Module, groups: Sequence[ChannelGroup], example: Example) -> dict[str, str]:
+    """Cut half of every group's channels on a copy; which groups cannot be cut exactly, and why.
+
+    The channels are made dead first the way a method does it: no consumer reads them.
+    """
+    trial = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    removals = []
+    with torch.no_grad():
+        for group in groups:
+            gone = torch.randperm(group.channels, generator=generator)[: group.channels // 2]
+            for part in group.consumers:
+                weight = trial.get_submodule(part.layer).weight
+                assert isinstance(weight, Tensor)
+                weight[:, part.index[gone].flatten().to(weight.device)] = 0
+            removals.append((group, gone.sort().values))
+    return cut_verified(trial, removals, example).refused
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,418 @@
+"""Sparsifier: runs a method on a model. The only part that keeps state, and that is a step count
+and the plan of what was cut; masks and thresholds live in the model.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from gossamer import bake
+from gossamer.channels import (
+    ChannelGroup,
+    Cut,
+    Example,
+    find_groups,
+    first_samples,
+    map_tensors,
+)
+from gossamer.method import Method, Progress, SupportChange
+from gossamer.shrink.plan import Plan
+from gossamer.shrink.verify import cut_verified, try_cuts
+from gossamer.site import ChannelPool, Layer, Site, find_layers
+from gossamer.sparse_weight import Masked, zero_after_load
+
+__all__ = ["Sparsifier"]
+
+_STATE_FORMAT = 1
+
+# These update every element from its own gradient and state alone: where weight, gradient and
+# state are zero they stay zero. After any other optimizer the masks are applied again.
+_ELEMENTWISE = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adamax,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.RMSprop,
+    torch.optim.ASGD,
+    torch.optim.Rprop,
+)
+
+
+class Sparsifier:
+    """Trains `model` sparse with `method`, inside the user's own loop.
+
+    Construct it before the optimizer, DDP and `torch.compile`; call `step(optimizer)` after every
+    `optimizer.step()`; call `finalize()` at the end.
+
+    Args:
+        model: A plain model; its linear and convolution weights become sparse in place.
+        method: What to do, for instance `gossamer.Chase(density=0.1)`.
+        total_steps: Optimizer steps of the whole run; schedules are fractions of it.
+        example: An input the model accepts (tensor, tuple of positional inputs, or dict of keyword
+            inputs; a few samples are enough). Needed by methods that remove channels.
+        include: Layer name patterns (`fnmatch`) to make sparse; None means all.
+        exclude: Layer name patterns to leave dense.
+        keep_channels: Name patterns of layers whose output channels must all stay.
+        cut: "during": removed channels are cut out of the model at once, so training gets faster.
+            "end": they are only masked; `gossamer.shrink` cuts them after `finalize()`.
+        seed: Of every random decision; the same on all ranks.
+
+    Attributes:
+        sites: The sparse weights.
+        pools: The channel groups that may lose channels.
+        locked: Channels of which layers stay, with the reason.
+        plan: What has been cut so far.
+        revision: Grows by one whenever supports or widths change.
+
+    Raises:
+        ValueError: The model or the run cannot serve the method; says which layer and why.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        *,
+        total_steps: int,
+        example: Example | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        keep_channels: Sequence[str] = (),
+        cut: Literal["during", "end"] = "during",
+        seed: int = 0,
+    ) -> None:
+        if total_steps < 1:
+            raise ValueError(
+                f"total_steps={total_steps}: give the optimizer steps of the whole run"
+            )
+        if cut not in ("during", "end"):
+            raise ValueError(f'cut={cut!r}: choose "during" or "end"')
+        layers = find_layers(model, include, exclude)
+        shapes = [module.weight.shape for module in layers.values()]
+        counts = method.budget(shapes)
+        groups, self.locked = _eligible(model, method, layers, example, keep_channels)
+        method.validate({group.name: group.channels for group in groups}, total_steps)
+
+        self.model = model
+        self.method = method
+        self.total_steps = total_steps
+        self.step_count = 0
+        self.plan = Plan()
+        self.revision = 0
+        self._seed = seed
+        self._cut = cut
+        self._example = None if example is None else first_samples(example, 2)
+        self._postponed = False
+        self._checked: torch.optim.Optimizer | None = None
+        self._handles: list[RemovableHandle] = []
+
+        generators = [self._generator(f"start/{name}") for name in layers]
+        self.sites = [
+            _attach(name, module, method, count, generator)
+            for (name, module), count, generator in zip(
+                layers.items(), counts, generators, strict=True
+            )
+        ]
+        self._site = {site.name: site for site in self.sites}
+        self.pools = [ChannelPool(g, self._site[g.name], g.channels) for g in groups]
+        for site in self.sites:
+            if isinstance(site.sparse, Masked):
+                register = site.weight.register_post_accumulate_grad_hook
+                self._handles.append(register(site.masked.mask_gradient))  # type: ignore[no-untyped-call]
+        self._zero_off_support(None)
+        self._announce()
+
+    # ------------------------------------------------------------------ the user's loop
+
+    def penalty(self) -> Tensor:
+        """Term to add to the loss; 0 for mask methods."""
+        penalty = self.method.penalty(self.sites)
+        return self.sites[0].weight.new_zeros(()) if penalty is None else penalty
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """To be called after every `optimizer.step()`, before gradients are zeroed.
+
+        Raises:
+            ValueError: No gradient reached a sparse weight, or the optimizer lacks a parameter.
+        """
+        if optimizer is not self._checked:
+            self._check_optimizer(optimizer)
+        if all(site.weight.grad is None for site in self.sites):
+            raise ValueError(
+                "step() found no gradient on any sparse weight: call it after loss.backward() and "
+                "optimizer.step(), and before optimizer.zero_grad()"
+            )
+        self.step_count += 1
+        progress = Progress(self.step_count, self.total_steps)
+        if type(optimizer) not in _ELEMENTWISE:
+            self._zero_off_support(optimizer)
+
+        removed = self._remove_channels(progress, optimizer)
+        changes = self._update(progress)
+        if changes is not None:
+            self._apply(changes, optimizer)
+        if removed or changes is not None:
+            self._zero_off_support(optimizer)
+            self.revision += 1
+        if removed and self._cut == "during":
+            self._cut_dead_channels(optimizer)
+        self._announce()
+
+    def finalize(self) -> nn.Module:
+        """Make the model plain again, exact zeros off the support; returns it.
+
+        The Sparsifier is done then. EMA copies are finalized with `gossamer.finalize(copy)`.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        return bake.finalize(self.model)
+
+    # ------------------------------------------------------------------ what it looks like
+
+    @property
+    def density(self) -> float:
+        """Weights on the support over the weights the model had at the start."""
+        return sum(site.nonzeros for site in self.sites) / sum(
+            site.original_numel for site in self.sites
+        )
+
+    @property
+    def live_channels(self) -> int:
+        """Channels still there in all pools that may lose channels."""
+        return sum(int(pool.live.sum()) for pool in self.pools)
+
+    @property
+    def channel_sparsity(self) -> float:
+        """Removed share of the channels that may be removed; 0 when there are none."""
+        original = sum(pool.original_channels for pool in self.pools)
+        return 1 - self.live_channels / original if original else 0.0
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data to resume from, beside `model.state_dict()` and the optimizer's."""
+        return {
+            "format": _STATE_FORMAT,
+            "method": self.method.to_dict(),
+            "total_steps": self.total_steps,
+            "seed": self._seed,
+            "cut": self._cut,
+            "step": self.step_count,
+            "postponed": self._postponed,
+            "shapes": {site.name: list(site.original_shape) for site in self.sites},
+            "plan": self.plan.to_dict(),
+        }
+
+    def load_state_dict(
+        self, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        """Resume: cuts the fresh model to the widths of the checkpoint and sets the step.
+
+        Call it first, on a Sparsifier made as in the interrupted run; then load the model's and
+        the optimizer's state.
+
+        Raises:
+            ValueError: The state is of another method, other hyperparameters or another model.
+        """
+        expected = self.state_dict()
+        for key in ("format", "method", "total_steps", "seed", "cut", "shapes"):
+            if key not in state:
+                raise ValueError(
+                    f"this is not a Sparsifier's state: {key!r} is missing. Pass what "
+                    "Sparsifier.state_dict() returned"
+                )
+            if state[key] != expected[key]:
+                raise ValueError(
+                    f"the checkpoint has another {_difference(key, state[key], expected[key])}: "
+                    "resume with the settings of the interrupted run"
+                )
+        if len(self.plan) or self.step_count:
+            raise ValueError("load_state_dict() needs a fresh Sparsifier, before its first step")
+        plan = Plan.from_dict(state["plan"])
+        self._follow(plan.apply(self.model, optimizer))
+        self.step_count = int(state["step"])
+        self._postponed = bool(state["postponed"])
+        self.revision += 1
+        self._announce()
+
+    # ------------------------------------------------------------------ inside a step
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        """CPU generator from (seed, purpose): the same decisions on every rank and device."""
+        digest = hashlib.sha256(f"{self._seed}/{purpose}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for site in self.sites:
+            for name, parameter in (("weight", site.weight), *site.sparse.named_parameters()):
+                if id(parameter) not in held:
+                    raise ValueError(
+                        f"the optimizer lacks {site.name}.{name} of shape "
+                        f"{tuple(parameter.shape)}: build it from model.parameters() after the "
+                        "Sparsifier"
+                    )
+        self._checked = optimizer
+
+    def _announce(self) -> None:
+        """Tell the masks whether the coming step's gradient is needed off the support."""
+        coming = Progress(self.step_count + 1, self.total_steps)
+        wanted = self._postponed or self.method.wants_dense_grad(coming)
+        for site in self._masked_sites():
+            site.masked.wants_dense_gradient = wanted
+            site.masked.dense_gradient = None
+
+    def _masked_sites(self) -> list[Site]:
+        return [site for site in self.sites if isinstance(site.sparse, Masked)]
+
+    def _update(self, progress: Progress) -> list[SupportChange] | None:
+        if not (self._postponed or self.method.updates_at(progress)):
+            return None
+        gradients = [
+            site.masked.dense_gradient
+            for site in self._masked_sites()
+            if site.masked.dense_gradient is not None
+        ]
+        if dist.is_available() and dist.is_initialized():
+            for gradient in gradients:  # every rank set aside the gradient of its own samples
+                dist.all_reduce(gradient)
+        # A step that GradScaler skipped has no usable gradient: the next step updates instead.
+        self._postponed = not all(bool(gradient.isfinite().all()) for gradient in gradients)
+        if self._postponed:
+            return None
+        generator = self._generator(f"update/{progress.step}")
+        return self.method.update(self.sites, progress, generator)
+
+    def _apply(self, changes: Sequence[SupportChange], optimizer: torch.optim.Optimizer) -> None:
+        for site, change in zip(self.sites, changes, strict=True):
+            _multiply(site.weight, change.kept.to(site.weight.dtype), optimizer)
+            site.masked.mask.copy_(change.kept | change.grown)
+
+    def _zero_off_support(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Latent weights and optimizer state are zero off the support from here on."""
+        for site in self._masked_sites():
+            with torch.no_grad():
+                _multiply(site.weight, site.masked.mask, optimizer)
+            site.masked.kept_zero = True
+
+    def _remove_channels(self, progress: Progress, optimizer: torch.optim.Optimizer) -> bool:
+        removals = self.method.removals(self.pools, progress)
+        if removals is None or not any(len(channels) for channels in removals):
+            return False
+        for pool, channels in zip(self.pools, removals, strict=True):
+            for part in pool.group.slices:
+                site = self._site.get(part.layer)
+                if site is not None:
+                    live = site.masked.live_out if part.axis == "out" else site.masked.live_in
+                    live.view(-1)[part.index[channels.cpu()].flatten().to(live.device)] = False
+                    site.masked.mask.mul_(site.masked.live)
+            # A removed channel computes nothing at all: its producer's bias goes as well.
+            bias = pool.producer.module.bias
+            if isinstance(bias, nn.Parameter):
+                live = pool.producer.masked.live_out.flatten()
+                _multiply(bias, live.to(bias.dtype), optimizer)
+        return True
+
+    def _cut_dead_channels(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self._example is not None
+        device = self.sites[0].weight.device
+        example = map_tensors(self._example, lambda tensor: tensor.to(device))
+        removals = [
+            (pool.group, (~pool.live).nonzero().squeeze(1))
+            for pool in self.pools
+            if pool.name not in self.locked
+        ]
+        made = cut_verified(self.model, removals, example, optimizer)
+        self.locked.update(made.refused)
+        for cuts in made.batches:
+            self._follow(cuts)
+
+    def _follow(self, cuts: Sequence[Cut]) -> None:
+        """Bring plan and pools up to date with cuts that were made on the model."""
+        self.plan.record(cuts)
+        self.pools = [
+            ChannelPool(pool.group.after(cuts), pool.producer, pool.original_channels)
+            for pool in self.pools
+        ]
+
+
+def _attach(
+    name: str, module: Layer, method: Method, count: int, generator: torch.Generator
+) -> Site:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    sparse = method.attach(weight, count, generator)
+    parametrize.register_parametrization(module, "weight", sparse)
+    parametrized = module.parametrizations.weight  # type: ignore[union-attr]
+    assert isinstance(parametrized, parametrize.ParametrizationList)
+    parametrized.register_load_state_dict_post_hook(zero_after_load)  # type: ignore[no-untyped-call]
+    return Site(name, module, sparse, weight.shape)
+
+
+def _eligible(
+    model: nn.Module,
+    method: Method,
+    layers: Mapping[str, Layer],
+    example: Example | None,
+    keep_channels: Sequence[str],
+) -> tuple[list[ChannelGroup], dict[str, str]]:
+    """Channel groups that may lose channels, and why the others may not."""
+    if not method.needs_graph:
+        return [], {}
+    if example is None:
+        raise ValueError(
+            f"{type(method).__name__} removes channels and must see how layers are connected: "
+            "pass example=<an input of the model>"
+        )
+    eligible, locked = [], {}
+    for group in find_groups(model, example):
+        dense = [p.layer for p in (*group.producers, *group.consumers) if p.layer not in layers]
+        if group.locked:
+            locked[group.name] = group.locked
+        elif not group.internal:
+            locked[group.name] = "they lie on a skip path (several layers write or read them)"
+        elif dense:
+            locked[group.name] = f"{dense[0]} is left dense, and both ends must be sparse"
+        elif any(fnmatch.fnmatchcase(group.name, pattern) for pattern in keep_channels):
+            locked[group.name] = "keep_channels names it"
+        else:
+            eligible.append(group)
+    refused = try_cuts(model, eligible, first_samples(example, 2))
+    locked.update(refused)
+    return [group for group in eligible if group.name not in refused], locked
+
+
+@torch.no_grad()
+def _multiply(
+    parameter: nn.Parameter, factor: Tensor, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Multiply a parameter and every optimizer state of its shape by 0 or 1, in place."""
+    parameter.mul_(factor)
+    if optimizer is not None:
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                value.mul_(factor)
+
+
+def _difference(key: str, got: Any, wanted: Any) -> str:
+    """What differs between a checkpoint's and this run's settings, in words."""
+    if isinstance(got, dict) and isinstance(wanted, dict):
+        for name in (*wanted, *got):
+            if got.get(name) != wanted.get(name):
+                return f"{key}: {name} is {got.get(name)!r} there and {wanted.get(name)!r} here"
+    return f"{key}: {got!r} there and {wanted!r} here"
