@@ -8,7 +8,7 @@ why the channels must stay. Cutting, verifying and rolling back are not its busi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,19 +16,11 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-__all__ = [
-    "Axis",
-    "ChannelGroup",
-    "Cut",
-    "Example",
-    "Slice",
-    "find_groups",
-    "forward",
-    "is_depthwise",
-]
+from gossamer.example import Example, call_arguments, run
+
+__all__ = ["Axis", "ChannelGroup", "Cut", "Slice", "find_groups", "is_depthwise"]
 
 Axis = Literal["out", "in"]
-Example = Tensor | Sequence[Any] | Mapping[str, Any]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -112,45 +104,6 @@ class ChannelGroup:
         )
 
 
-def forward(model: nn.Module, example: Example) -> Any:
-    """The model's output on `example`: a tensor, positional inputs, or keyword inputs."""
-    if isinstance(example, Tensor):
-        return model(example)
-    if isinstance(example, Mapping):
-        return model(**example)
-    if isinstance(example, Sequence) and not isinstance(example, str):
-        return model(*example)
-    raise TypeError(
-        f"example is {type(example).__name__}: give a tensor, a tuple of positional inputs, or a "
-        "dict of keyword inputs, with the batch first"
-    )
-
-
-def map_tensors(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
-    """The example with every tensor changed."""
-    if isinstance(example, Tensor):
-        return change(example)
-    if isinstance(example, Mapping):
-        return {key: map_tensors(value, change) for key, value in example.items()}
-    if isinstance(example, (list, tuple)):
-        return type(example)(map_tensors(value, change) for value in example)
-    return example
-
-
-def first_samples(example: Example, count: int) -> Example:
-    """The first `count` samples of a batch: enough to compare outputs on."""
-    sizes: set[int] = set()
-
-    def measure(tensor: Tensor) -> Tensor:
-        sizes.add(len(tensor) if tensor.dim() else 0)
-        return tensor
-
-    map_tensors(example, measure)
-    if len(sizes) != 1 or 0 in sizes:
-        return example  # not all inputs have the batch first
-    return map_tensors(example, lambda tensor: tensor[:count].detach().clone())
-
-
 def find_groups(model: nn.Module, example: Example) -> list[ChannelGroup]:
     """All channel groups of `model`, each named by its first producer, in module order.
 
@@ -164,6 +117,7 @@ def find_groups(model: nn.Module, example: Example) -> list[ChannelGroup]:
     for parameter in traced.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
+    call_arguments(example)  # a wrong type is the caller's slip, not the model's
     graph = _trace(traced, example)
     names = {module: name for name, module in traced.named_modules()}
     groups: list[ChannelGroup] = []
@@ -192,7 +146,7 @@ def _trace(model: nn.Module, example: Example) -> Any:
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=devices):
-            output = forward(model, example)
+            output = run(model, example)
             running.clear()
             for hook in hooks:
                 hook.remove()
@@ -200,10 +154,6 @@ def _trace(model: nn.Module, example: Example) -> Any:
             inputs = (example,) if isinstance(example, Tensor) else example
             del output
             return tp.DependencyGraph().build_dependency(model, inputs, verbose=False)
-    except TypeError as error:
-        if not running:
-            raise
-        raise ValueError(_cannot_trace(model, running, error)) from error
     except Exception as error:
         raise ValueError(_cannot_trace(model, running, error)) from error
 

@@ -81,14 +81,14 @@ def kth_largest(tensors: Sequence[Tensor], k: int) -> float:
         return _rank(torch.cat(flats), k)
 
     stride = max(1, total // _SAMPLE)
-    sample = torch.cat([flat[::stride] for flat in flats]).sort(descending=True).values
+    sample = torch.cat([flat[::stride] for flat in flats])
     share = k / total
     center = share * len(sample)
     margin = _SIGMAS * math.sqrt(len(sample) * share * (1 - share)) + 2
     while margin < len(sample):
         upper, lower = int(center - margin), math.ceil(center + margin)
-        high = float(sample[upper]) if upper >= 0 else math.inf
-        low = float(sample[lower]) if lower < len(sample) else -math.inf
+        high = _rank(sample, upper + 1) if upper >= 0 else math.inf
+        low = _rank(sample, lower + 1) if lower < len(sample) else -math.inf
         found = _inside(flats, k, low, high)
         if found is not None:
             return found

@@ -16,14 +16,8 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from gossamer import bake
-from gossamer.channels import (
-    ChannelGroup,
-    Cut,
-    Example,
-    find_groups,
-    first_samples,
-    map_tensors,
-)
+from gossamer.channels import ChannelGroup, Cut, find_groups
+from gossamer.example import Example, first_samples, map_tensors
 from gossamer.method import Method, Progress, SupportChange
 from gossamer.shrink.plan import Plan
 from gossamer.shrink.verify import cut_verified, try_cuts

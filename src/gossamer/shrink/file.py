@@ -9,6 +9,7 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import nn
 
 from gossamer.shrink.plan import Plan
@@ -24,7 +25,10 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan | None = Non
     Raises:
         OSError: The file cannot be written; whatever was at `path` before is still there.
     """
-    tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
+    tensors = {
+        name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, t in model.state_dict().items()
+    }
     metadata = {"format": "pt", _PLAN_KEY: (plan or Plan()).to_json()}
     data = safetensors.torch.save(tensors, metadata=metadata)
     write_whole(path, lambda temporary: temporary.write_bytes(data))

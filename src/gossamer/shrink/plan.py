@@ -6,8 +6,8 @@ A plan and the user's own full-width class are all it takes: no pickle, no sourc
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch

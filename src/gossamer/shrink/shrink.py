@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gossamer.channels import ChannelGroup, Example, find_groups, first_samples
+from gossamer.channels import ChannelGroup, find_groups
+from gossamer.example import Example, first_samples
 from gossamer.shrink.plan import Plan
 from gossamer.shrink.verify import cut_verified, max_difference, outputs
 

@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.channels import ChannelGroup, Cut, Example, forward
+from gossamer.channels import ChannelGroup, Cut
+from gossamer.example import Example, evaluating, run
 from gossamer.shrink.slice import apply_cuts, cuts_for
 
-__all__ = ["Verified", "cut_verified", "eval_mode", "max_difference", "outputs", "try_cuts"]
+__all__ = ["Verified", "cut_verified", "max_difference", "outputs", "try_cuts"]
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode; afterwards each one as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def outputs(model: nn.Module, example: Example) -> list[Tensor]:
     """All tensors of the model's output on `example`, in eval mode, without autocast."""
     device = next(model.parameters()).device.type
-    with eval_mode(model), torch.inference_mode(), torch.autocast(device, enabled=False):
-        return list(_tensors(forward(model, example)))
+    with evaluating(model), torch.inference_mode(), torch.autocast(device, enabled=False):
+        return list(_tensors(run(model, example)))
 
 
 def max_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

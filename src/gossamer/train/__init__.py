@@ -1,0 +1,1 @@
+"""What `gossamer train` needs: configuration, data, models, the run. Nothing imports this room."""
