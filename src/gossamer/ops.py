@@ -7,7 +7,7 @@ ties broken by (tensor, index). Equal inputs therefore give equal masks on every
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,21 +25,16 @@ def keep_largest(
     """Bool masks that select exactly the `k` largest of all scores; ties go to the lower index.
 
     Args:
-        scores: Tensors of any shapes, one dtype; finite.
+        scores: Tensors of any shapes, one dtype.
         k: How many to select over all tensors, `0 <= k <= number of candidates`.
         among: Bool tensors of the same shapes; only positions that are True are candidates.
 
     Raises:
         ValueError: `k` out of range, or a score that is NaN.
     """
-    if among is None:
-        candidates = sum(score.numel() for score in scores)
-    else:
-        candidates = sum(int(allowed.sum()) for allowed in among)
-        scores = [
-            score.masked_fill(~allowed, -math.inf)
-            for score, allowed in zip(scores, among, strict=True)
-        ]
+    if among is not None:
+        among = [_in_format_of(score, mask) for score, mask in zip(scores, among, strict=True)]
+    candidates = sum(score.numel() for score in scores) if among is None else _total(among)
     if not 0 <= k <= candidates:
         raise ValueError(
             f"cannot keep {k} of {candidates} candidates: k must be in [0, candidates]"
@@ -47,41 +42,45 @@ def keep_largest(
     if k == 0:
         return [torch.zeros_like(score, dtype=torch.bool) for score in scores]
     if k == candidates:
-        if among is not None:
-            return [allowed.clone() for allowed in among]
-        return [torch.ones_like(score, dtype=torch.bool) for score in scores]
+        if among is None:
+            return [torch.ones_like(score, dtype=torch.bool) for score in scores]
+        return [mask.clone() for mask in among]
 
-    threshold = kth_largest(scores, k)
+    threshold = kth_largest(scores, k, among)
     masks = [score >= threshold for score in scores]
-    if _total(masks) == k:
+    if among is not None:
+        masks = [mask.logical_and_(allowed) for mask, allowed in zip(masks, among, strict=True)]
+    surplus = _total(masks) - k
+    if surplus == 0:
         return masks
-    # The threshold falls among equal scores: all above it, then equals in index order.
-    masks = [score > threshold for score in scores]
-    missing = k - _total(masks)
-    for mask, score in zip(masks, scores, strict=True):
-        ties = (score == threshold).flatten().nonzero().squeeze(1)[:missing]
-        if len(ties):
-            mask[torch.unravel_index(ties, mask.shape)] = True
-            missing -= len(ties)
-    assert missing == 0
+    # The threshold falls among equal scores: those of the highest index go.
+    for mask, score in zip(reversed(masks), reversed(scores), strict=True):
+        ties = (mask & (score == threshold)).flatten().nonzero().squeeze(1)
+        ties = ties[max(0, len(ties) - surplus) :]
+        mask[torch.unravel_index(ties, mask.shape)] = False
+        surplus -= len(ties)
+    assert surplus == 0
     return masks
 
 
-def kth_largest(tensors: Sequence[Tensor], k: int) -> float:
-    """Value of the k-th largest element over all tensors, exact, `1 <= k <= total`.
+def kth_largest(tensors: Sequence[Tensor], k: int, among: Sequence[Tensor] | None = None) -> float:
+    """Value of the k-th largest candidate over all tensors, exact, `1 <= k <= candidates`.
 
     A sample brackets the value; one pass counts what lies above the bracket, and only what lies
     inside is ranked. A mass of equal values (exact zeros, say) at an edge of the bracket is
-    counted, never ranked. Raises ValueError on NaN.
+    counted, never ranked. `among` as in `keep_largest`, in the memory format of the tensors.
+    Raises ValueError on NaN.
     """
     flats = [_flat(tensor) for tensor in tensors]
-    total = sum(flat.numel() for flat in flats)
+    allowed = [None] * len(flats) if among is None else [_flat(mask) for mask in among]
+    pairs = list(zip(flats, allowed, strict=True))
+    total = sum(len(flat) for flat in flats) if among is None else _total(among)
     assert 1 <= k <= total, (k, total)
-    if total <= _SMALL:
-        return _rank(torch.cat(flats), k)
+    size = sum(len(flat) for flat in flats)
+    if size <= _SMALL:
+        return _rank(_sample(pairs, 1), k)
 
-    stride = max(1, total // _SAMPLE)
-    sample = torch.cat([flat[::stride] for flat in flats])
+    sample = _sample(pairs, max(1, size // _SAMPLE))
     share = k / total
     center = share * len(sample)
     margin = _SIGMAS * math.sqrt(len(sample) * share * (1 - share)) + 2
@@ -89,23 +88,47 @@ def kth_largest(tensors: Sequence[Tensor], k: int) -> float:
         upper, lower = int(center - margin), math.ceil(center + margin)
         high = _rank(sample, upper + 1) if upper >= 0 else math.inf
         low = _rank(sample, lower + 1) if lower < len(sample) else -math.inf
-        found = _inside(flats, k, low, high)
+        found = _inside(pairs, k, low, high)
         if found is not None:
             return found
         margin *= 8  # the stride met a pattern in the data; look wider
-    return _rank(torch.cat(flats), k)
+    return _rank(_sample(pairs, 1), k)
 
 
-def _inside(flats: Sequence[Tensor], k: int, low: float, high: float) -> float | None:
+_Pairs = Sequence[tuple[Tensor, Tensor | None]]
+
+
+def _inside(pairs: _Pairs, k: int, low: float, high: float) -> float | None:
     """The k-th largest value if it lies in [low, high], else None."""
-    reach_high = _total([flat >= high for flat in flats])
+    reach_high = _count(pairs, lambda flat: flat >= high)
     if k <= reach_high:
-        return high if k > _total([flat > high for flat in flats]) else None
-    inner = torch.cat([flat[(flat > low) & (flat < high)] for flat in flats])
+        return high if k > _count(pairs, lambda flat: flat > high) else None
+    inner = torch.cat(
+        [flat[_both((flat > low).logical_and_(flat < high), allowed)] for flat, allowed in pairs]
+    )
     rank = k - reach_high
     if rank <= len(inner):
         return _rank(inner, rank)
-    return low if k <= _total([flat >= low for flat in flats]) else None
+    return low if k <= _count(pairs, lambda flat: flat >= low) else None
+
+
+def _count(pairs: _Pairs, condition: Callable[[Tensor], Tensor]) -> int:
+    counts = [_both(condition(flat), allowed).count_nonzero() for flat, allowed in pairs]
+    return int(torch.stack(counts).sum())
+
+
+def _both(mask: Tensor, allowed: Tensor | None) -> Tensor:
+    return mask if allowed is None else mask.logical_and_(allowed)
+
+
+def _sample(pairs: _Pairs, stride: int) -> Tensor:
+    """Every stride-th candidate of all tensors."""
+    return torch.cat(
+        [
+            flat[::stride] if allowed is None else flat[::stride][allowed[::stride]]
+            for flat, allowed in pairs
+        ]
+    )
 
 
 def _rank(values: Tensor, k: int) -> float:
@@ -120,6 +143,13 @@ def _flat(tensor: Tensor) -> Tensor:
     if not tensor.is_contiguous() and tensor.dim() == 4:
         tensor = tensor.permute(0, 2, 3, 1)  # channels_last storage
     return tensor.reshape(-1)
+
+
+def _in_format_of(score: Tensor, mask: Tensor) -> Tensor:
+    """The mask in the memory format of the score, so that both flatten in the same order."""
+    if mask.stride() == score.stride():
+        return mask
+    return torch.empty_like(score, dtype=torch.bool).copy_(mask)
 
 
 def _total(masks: Sequence[Tensor]) -> int:

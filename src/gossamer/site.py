@@ -23,22 +23,21 @@ _SPARSIFIABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One sparse weight: the layer `name`, whose `weight` is computed by `sparse`.
+    """One sparse weight.
 
-    `original_shape` is the weight's shape before any cut; budgets refer to it.
+    Attributes:
+        name: Of the layer.
+        module: The layer.
+        weight: The latent weight, `(out, in, *kernel)`; the same object for the whole of training.
+        sparse: What computes the effective weight from it.
+        original_shape: Of the weight, before any cut; budgets refer to it.
     """
 
     name: str
     module: nn.Module
+    weight: nn.Parameter
     sparse: SparseWeight
     original_shape: torch.Size
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The latent weight, `(out, in, *kernel)`."""
-        latent = self.module.parametrizations.weight.original  # type: ignore[union-attr]
-        assert isinstance(latent, nn.Parameter)
-        return latent
 
     @property
     def effective(self) -> Tensor:
@@ -77,7 +76,7 @@ class Site:
     def gradient_magnitude(self) -> Tensor:
         """|dense gradient| of this step, `(out, in, *kernel)`; zeros if none arrived."""
         gradient = self.masked.dense_gradient
-        return torch.zeros_like(self.weight) if gradient is None else gradient.abs()
+        return torch.zeros_like(self.weight) if gradient is None else gradient.abs_()
 
     @property
     def density(self) -> float:

@@ -110,6 +110,7 @@ class Sparsifier:
         self._cut = cut
         self._example = None if example is None else first_samples(example, 2)
         self._postponed = False
+        self._wants_dense_grad = False
         self._checked: torch.optim.Optimizer | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -267,9 +268,11 @@ class Sparsifier:
         """Tell the masks whether the coming step's gradient is needed off the support."""
         coming = Progress(self.step_count + 1, self.total_steps)
         wanted = self._postponed or self.method.wants_dense_grad(coming)
-        for site in self._masked_sites():
-            site.masked.wants_dense_gradient = wanted
-            site.masked.dense_gradient = None
+        if wanted or self._wants_dense_grad:
+            for site in self._masked_sites():
+                site.masked.wants_dense_gradient = wanted
+                site.masked.dense_gradient = None
+        self._wants_dense_grad = wanted
 
     def _masked_sites(self) -> list[Site]:
         return [site for site in self.sites if isinstance(site.sparse, Masked)]
@@ -286,7 +289,8 @@ class Sparsifier:
             for gradient in gradients:  # every rank set aside the gradient of its own samples
                 dist.all_reduce(gradient)
         # A step that GradScaler skipped has no usable gradient: the next step updates instead.
-        self._postponed = not all(bool(gradient.isfinite().all()) for gradient in gradients)
+        extremes = [extreme for gradient in gradients for extreme in gradient.aminmax()]
+        self._postponed = not all(bool(extreme.isfinite()) for extreme in extremes)
         if self._postponed:
             return None
         generator = self._generator(f"update/{progress.step}")
@@ -294,7 +298,8 @@ class Sparsifier:
 
     def _apply(self, changes: Sequence[SupportChange], optimizer: torch.optim.Optimizer) -> None:
         for site, change in zip(self.sites, changes, strict=True):
-            _multiply(site.weight, change.kept.to(site.weight.dtype), optimizer)
+            # Through the mask's own memory: a fresh float tensor costs more than the products.
+            _multiply(site.weight, site.masked.mask.copy_(change.kept), optimizer)
             site.masked.mask.copy_(change.kept | change.grown)
 
     def _zero_off_support(self, optimizer: torch.optim.Optimizer | None) -> None:
@@ -355,7 +360,7 @@ def _attach(
     parametrized = module.parametrizations.weight  # type: ignore[union-attr]
     assert isinstance(parametrized, parametrize.ParametrizationList)
     parametrized.register_load_state_dict_post_hook(zero_after_load)  # type: ignore[no-untyped-call]
-    return Site(name, module, sparse, weight.shape)
+    return Site(name, module, weight, sparse, weight.shape)
 
 
 def _eligible(

@@ -1,0 +1,198 @@
+"""What a training run is told: its own settings, and the hyperparameters of its method.
+
+Both are flat: one name for a setting, on the command line, in YAML and here. The method's part is
+whatever its dataclass says; nothing about a method is written down in this room.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from gossamer.method import Method
+from gossamer.registry import METHODS, MethodInfo, method_info
+
+__all__ = [
+    "TrainConfig",
+    "check_names",
+    "from_dict",
+    "nearest",
+    "read_yaml",
+    "to_dict",
+    "to_yaml",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of one run.
+
+    Args:
+        method: Sparse training method; `gossamer methods` lists them.
+        model: Network by name (vgg-small, resnet20, resnet18, wrn-22-2, ...), or a factory of your
+            own, `package.module:factory`.
+        width: Factor on every layer's number of channels.
+        data: "digits", a Parquet file or folder, an image folder, or `owner/name` on the hub.
+        val_fraction: Share of the training images held out for validation, where the set has none.
+        image_size: Resize images to this many pixels a side; None leaves them.
+        epochs: Passes over the training images.
+        batch_size: Images per step; an incomplete last batch is left out.
+        lr: Highest learning rate.
+        momentum: Of sgd.
+        weight_decay: On all parameters.
+        optimizer: "sgd" (with momentum) or "adamw".
+        warmup_epochs: Epochs in which the learning rate rises to `lr`.
+        schedule: Learning rate after the warm-up: "cosine" to 0, "constant", or "multistep".
+        milestones: Fractions of the run at which "multistep" divides the rate by 10.
+        label_smoothing: Of the cross entropy.
+        augment: Crop training images at random, padded by 4 pixels; with `flip`, mirror half.
+        flip: Whether `augment` mirrors images; no for digits and letters.
+        precision: "32", or "bf16": autocast in training, weights stay in 32 bits.
+        channels_last: Memory format of convolutions; faster with bf16 and on GPUs.
+        threads: CPU threads; None leaves PyTorch's choice.
+        seed: Of the weights, the masks, the batches, and the validation images.
+        device: "auto", "cpu" or "cuda".
+        cut: "during": removed channels are cut at once, so that training gets faster; "end": they
+            are only masked until training ends.
+        include: Patterns of layer names to make sparse; None means all.
+        exclude: Patterns of layer names to leave dense.
+        keep_channels: Patterns of layer names whose output channels all stay.
+        baseline: Train the dense twin as well: same network, seed, data and epochs.
+        out: Run folder; None: runs/<data>-<model>-<method>-s<seed>.
+    """
+
+    method: str = "chase"
+    model: str = "resnet20"
+    width: float = 1.0
+    data: str = "digits"
+    val_fraction: float = 0.1
+    image_size: int | None = None
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    warmup_epochs: int = 0
+    schedule: Literal["cosine", "constant", "multistep"] = "cosine"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    label_smoothing: float = 0.0
+    augment: bool = False
+    flip: bool = True
+    precision: Literal["32", "bf16"] = "32"
+    channels_last: bool = False
+    threads: int | None = None
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cut: Literal["during", "end"] = "during"
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    keep_channels: tuple[str, ...] = ()
+    baseline: bool = False
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        method_info(self.method)
+        for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least {least}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads={self.threads}: give at least 1")
+        if self.lr <= 0:
+            raise ValueError(f"lr={self.lr}: give a learning rate above 0")
+        for name in ("momentum", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give a value in [0, 1)")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay}: give at least 0")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs={self.warmup_epochs} of {self.epochs} epochs leaves none to train "
+                "in: give fewer"
+            )
+        if any(not 0 < milestone < 1 for milestone in self.milestones):
+            raise ValueError(
+                f"milestones={list(self.milestones)}: give fractions of the run, in (0, 1)"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        if self.out is not None:
+            return Path(self.out).expanduser()
+        data = Path(self.data).stem if Path(self.data).exists() else self.data
+        name = f"{data}-{self.model}-{self.method}-s{self.seed}"
+        return Path("runs") / re.sub(r"[^\w.-]+", "-", name)
+
+
+def to_dict(config: TrainConfig, method: Method) -> dict[str, Any]:
+    """Both parts as one flat dict of plain data."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in {**asdict(config), **asdict(method)}.items()
+    }
+
+
+def from_dict(values: Mapping[str, Any]) -> tuple[TrainConfig, Method]:
+    """The settings and the method that `to_dict` made one dict of; what is missing gets defaults.
+
+    Raises:
+        ValueError: An unknown name or a value that is refused.
+    """
+    info = method_info(str(values.get("method", TrainConfig.method)))
+    check_names(values, info)
+    theirs = info.cls.hyperparameters()
+    settings = {key: _frozen(value) for key, value in values.items() if key not in theirs}
+    hyperparameters = {key: value for key, value in values.items() if key in theirs}
+    return TrainConfig(**settings), info.cls(**hyperparameters)
+
+
+def check_names(names: Iterable[str], info: MethodInfo) -> None:
+    """Raise ValueError, with the nearest name, when a run of this method has no such setting."""
+    known = {field.name for field in fields(TrainConfig)} | set(info.cls.hyperparameters())
+    for name in names:
+        if name not in known:
+            others = [row.name for row in METHODS.values() if name in row.cls.hyperparameters()]
+            if others:
+                raise ValueError(
+                    f"{name!r} is a setting of {', '.join(others)}, not of {info.name}: leave it "
+                    "out, or choose the method"
+                )
+            raise ValueError(
+                f"there is no setting {name!r}{nearest(name, known)}: "
+                f"`gossamer train --method {info.name} --help` lists them"
+            )
+
+
+def to_yaml(config: TrainConfig, method: Method) -> str:
+    """A file that repeats the run: `gossamer train --config FILE --out ANOTHER`."""
+    return yaml.safe_dump(to_dict(config, method), sort_keys=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, unchecked. Raises ValueError when it holds anything else."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{path} holds a {type(values).__name__}; wanted lines of `name: value`")
+    return values
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint with the known name that is most like `name`; empty when none is."""
+    near = difflib.get_close_matches(name.replace("-", "_"), sorted(known), 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

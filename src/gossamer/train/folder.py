@@ -1,0 +1,75 @@
+"""The run folder: what a run writes, where, and when it may.
+
+config.yaml          repeats the run
+metrics.csv          one row per epoch (metrics-dense.csv: the dense twin's)
+checkpoints/         sparse.ckpt, dense.ckpt: resumable, after every epoch
+model.safetensors    the slim model, with the plan that cuts the full-width class to it
+summary.json         the figures; written last
+report.md            the figures, to read
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gossamer.shrink.file import write_whole
+
+__all__ = ["CHECKPOINTS", "CONFIG", "RunFolder"]
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+
+
+class RunFolder:
+    """Paths of a run's files. Every file is written whole or stays as it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / CONFIG
+        self.model = path / "model.safetensors"
+        self.summary = path / "summary.json"
+        self.report = path / "report.md"
+
+    def metrics(self, network: str) -> Path:
+        """CSV of the "sparse" or the "dense" network's epochs."""
+        return self.path / ("metrics.csv" if network == "sparse" else f"metrics-{network}.csv")
+
+    def checkpoint(self, network: str) -> Path:
+        """Newest checkpoint of the "sparse" or the "dense" network."""
+        return self.path / CHECKPOINTS / f"{network}.ckpt"
+
+    def existing(self) -> list[Path]:
+        """What a run has written here so far."""
+        files = [self.config, self.model, self.summary, self.report]
+        files += [self.metrics(network) for network in ("sparse", "dense")]
+        return [path for path in (*files, self.path / CHECKPOINTS) if path.exists()]
+
+    def clear(self) -> None:
+        """Remove what a run has written here, and nothing else."""
+        for path in self.existing():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def write_text(self, path: Path, text: str) -> None:
+        """Write a text file whole. Raises OSError, with `path` as it was."""
+        write_whole(path, lambda temporary: temporary.write_text(text))
+
+    def write_json(self, path: Path, data: Mapping[str, Any]) -> None:
+        """Write a JSON file whole. Raises OSError, with `path` as it was."""
+        self.write_text(path, json.dumps(data, indent=2) + "\n")
+
+    def write_rows(self, path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows with the same keys as a CSV file. Raises OSError, with `path` as it was."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self.write_text(path, text.getvalue())
