@@ -94,6 +94,11 @@ class Sparsifier:
             )
         if cut not in ("during", "end"):
             raise ValueError(f'cut={cut!r}: choose "during" or "end"')
+        if cut == "during" and method.needs_graph and _world_size() > 1:
+            raise ValueError(
+                'cut="during" changes shapes that DistributedDataParallel has fixed: with several '
+                'processes train with cut="end" and call gossamer.shrink after finalize()'
+            )
         layers = find_layers(model, include, exclude)
         shapes = [module.weight.shape for module in layers.values()]
         counts = method.budget(shapes)
@@ -285,7 +290,7 @@ class Sparsifier:
             for site in self._masked_sites()
             if site.masked.dense_gradient is not None
         ]
-        if dist.is_available() and dist.is_initialized():
+        if _world_size() > 1:
             for gradient in gradients:  # every rank set aside the gradient of its own samples
                 dist.all_reduce(gradient)
         # A step that GradScaler skipped has no usable gradient: the next step updates instead.
@@ -348,6 +353,10 @@ class Sparsifier:
             ChannelPool(pool.group.after(cuts), pool.producer, pool.original_channels)
             for pool in self.pools
         ]
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _attach(

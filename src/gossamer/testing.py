@@ -47,13 +47,13 @@ def check_method(method: Method) -> None:
 
 
 class _Whitened(torch.optim.Optimizer):
-    """Momentum whose matrix is orthogonalised, as in Muon: no update is zero where a gradient is."""
+    """Orthogonalised momentum, as in Muon: updates reach elements that have no gradient."""
 
     def __init__(self, params: Any, lr: float = 0.02) -> None:
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -251,7 +251,7 @@ def compiled_equals_eager(method: Method) -> None:
 def copies_survive(method: Method) -> None:
     """Deep copies and EMA copies compute sparsely, bake to exact zeros, and harm nothing."""
     run, twin = _Run.start(method, cut="end"), _Run.start(method, cut="end")
-    average = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))  # type: ignore[no-untyped-call]
     half = STEPS // 2
     for step in range(half):
         run.steps(step, step + 1)

@@ -1,0 +1,35 @@
+"""Every method of the registry has a card, a reference twin where it computes something, and rows."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+
+import pytest
+
+from gossamer.method import Method
+from gossamer.registry import METHODS
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_row(name: str) -> None:
+    info = METHODS[name]
+    assert info.name == name
+    assert issubclass(info.cls, Method)
+    assert info.summary
+    assert info.paper
+    assert (ROOT / "docs" / "methods" / f"{name}.md").exists(), "no card"
+    assert (ROOT / "tests" / "reference" / f"{name}.py").exists(), "no reference twin"
+    assert name in (ROOT / "README.md").read_text(), "the README does not name it"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_hyperparameters_are_frozen_and_documented(name: str) -> None:
+    cls = METHODS[name].cls
+    method = cls()
+    with pytest.raises(FrozenInstanceError):
+        method.density = 0.5  # type: ignore[attr-defined]
+    for field in fields(cls):
+        assert f"        {field.name}: " in (cls.__doc__ or ""), f"{field.name} is undocumented"

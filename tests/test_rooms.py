@@ -1,0 +1,85 @@
+"""Who may import whom: the walls between the rooms."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "gossamer"
+
+# Rooms from the bottom up; a module imports only rooms below its own (and, where `own`, its own).
+PURE = {"ops", "schedules", "allocation", "example"}
+CORE = {"site", "sparse_weight", "method"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "ops": set(),
+    "schedules": set(),
+    "allocation": set(),
+    "example": set(),
+    "channels": {"example"},
+    "sparse_weight": PURE,
+    "site": PURE | {"channels", "sparse_weight"},
+    "method": PURE | {"channels", "sparse_weight", "site"},
+    "methods": PURE | CORE,
+    "shrink": {"channels", "example", "shrink"},
+    "bake": {"sparse_weight"},
+    "measure": PURE | {"measure"},
+    "sparsifier": PURE | CORE | {"channels", "bake", "shrink"},
+    "testing": PURE | CORE | {"bake", "sparsifier"},
+    "registry": PURE | CORE | {"methods"},
+}
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SOURCE).with_suffix("").parts[0]
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gossamer":
+            parts = (node.module or "").split(".")[1:]
+            rooms.update(parts[:1] or [alias.name for alias in node.names])
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("gossamer."):
+                    rooms.add(alias.name.split(".")[1])
+    return rooms
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_walls(path: Path) -> None:
+    if room(path) != "train":
+        assert "train" not in imported_rooms(path), "nobody imports train"
+    if room(path) in MAY_IMPORT:
+        extra = imported_rooms(path) - MAY_IMPORT[room(path)]
+        assert not extra, f"{room(path)} must not import {extra}"
+
+
+def test_methods_do_not_import_each_other() -> None:
+    for path in (SOURCE / "methods").glob("*.py"):
+        assert "methods" not in imported_rooms(path), path.name
+
+
+def test_only_channels_imports_torch_pruning() -> None:
+    users = {path.name for path in modules() if "torch_pruning" in path.read_text()}
+    assert users == {"channels.py"}
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, gossamer\n"
+        "heavy = {'lightning', 'datasets', 'sklearn', 'matplotlib', 'jsonargparse'}\n"
+        "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert loaded.strip() == "[]"
