@@ -76,6 +76,8 @@ def kth_largest(tensors: Sequence[Tensor], k: int, among: Sequence[Tensor] | Non
     pairs = list(zip(flats, allowed, strict=True))
     total = sum(len(flat) for flat in flats) if among is None else _total(among)
     assert 1 <= k <= total, (k, total)
+    if any(bool(flat.amax().isnan()) for flat in flats if len(flat)):
+        raise ValueError("scores contain NaN: look at the loss and the learning rate")
     size = sum(len(flat) for flat in flats)
     if size <= _SMALL:
         return _rank(_sample(pairs, 1), k)
@@ -132,10 +134,7 @@ def _sample(pairs: _Pairs, stride: int) -> Tensor:
 
 
 def _rank(values: Tensor, k: int) -> float:
-    result = float(values.kthvalue(len(values) - k + 1).values)
-    if math.isnan(result):
-        raise ValueError("scores contain NaN: look at the loss and the learning rate")
-    return result
+    return float(values.kthvalue(len(values) - k + 1).values)
 
 
 def _flat(tensor: Tensor) -> Tensor:
