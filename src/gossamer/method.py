@@ -103,6 +103,18 @@ class Method(ABC):
         """Channels to remove after this step: indices per pool, or None when none is due."""
         return None
 
+    def advance(
+        self,
+        sites: Sequence[Site],
+        progress: Progress,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
+        """Bring what follows a schedule (annealing factors, thresholds to reset) to this step.
+
+        Called once before training (step 0, no optimizer) and after every step, in `no_grad`.
+        """
+        return None
+
     def penalty(self, sites: Sequence[Site]) -> Tensor | None:
         """Term to add to the loss, 0-d; None for none."""
         return None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-__all__ = ["Masked", "SparseWeight"]
+__all__ = ["Masked", "SparseWeight", "threshold_shape"]
 
 
 class SparseWeight(nn.Module, ABC):
@@ -31,6 +31,16 @@ class SparseWeight(nn.Module, ABC):
     @abstractmethod
     def support(self, weight: Tensor) -> Tensor:
         """Bool tensor of the weight's shape: where the effective weight may be non-zero."""
+
+
+def threshold_shape(weight: Tensor, granularity: str) -> tuple[int, ...]:
+    """Shape of thresholds for `weight: (out, in, *kernel)`: one per "layer", "row" or "weight"."""
+    shapes = {
+        "layer": (1,) * weight.dim(),
+        "row": (weight.shape[0], *(1,) * (weight.dim() - 1)),
+        "weight": tuple(weight.shape),
+    }
+    return shapes[granularity]
 
 
 class Masked(SparseWeight):

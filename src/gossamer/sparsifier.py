@@ -102,6 +102,8 @@ class Sparsifier:
         layers = find_layers(model, include, exclude)
         shapes = [module.weight.shape for module in layers.values()]
         counts = method.budget(shapes)
+        if example is not None:
+            example = _on_device(example, model)
         groups, self.locked = _eligible(model, method, layers, example, keep_channels)
         method.validate({group.name: group.channels for group in groups}, total_steps)
 
@@ -133,9 +135,24 @@ class Sparsifier:
                 register = site.weight.register_post_accumulate_grad_hook
                 self._handles.append(register(site.masked.mask_gradient))  # type: ignore[no-untyped-call]
         self._zero_off_support(None)
+        with torch.no_grad():
+            method.advance(self.sites, Progress(0, total_steps), None)
         self._announce()
 
     # ------------------------------------------------------------------ the user's loop
+
+    def parameter_groups(self, **thresholds: Any) -> list[dict[str, Any]]:
+        """The model's parameters for an optimizer, thresholds in a group of their own.
+
+        Args:
+            **thresholds: Optimizer settings of the thresholds, such as `weight_decay=0.0`; what is
+                not named is as for the other parameters. Mask methods have no thresholds.
+        """
+        learned = [p for site in self.sites for p in site.sparse.parameters()]
+        ids = {id(parameter) for parameter in learned}
+        rest = [p for p in self.model.parameters() if id(p) not in ids]
+        groups: list[dict[str, Any]] = [{"params": rest}]
+        return [*groups, {"params": learned, **thresholds}] if learned else groups
 
     def penalty(self) -> Tensor:
         """Term to add to the loss; 0 for mask methods."""
@@ -170,6 +187,7 @@ class Sparsifier:
             self.revision += 1
         if removed and self._cut == "during":
             self._cut_dead_channels(optimizer)
+        self.method.advance(self.sites, progress, optimizer)
         self._announce()
 
     def finalize(self) -> nn.Module:
@@ -334,13 +352,12 @@ class Sparsifier:
 
     def _cut_dead_channels(self, optimizer: torch.optim.Optimizer) -> None:
         assert self._example is not None
-        device = self.sites[0].weight.device
-        example = map_tensors(self._example, lambda tensor: tensor.to(device))
         removals = [
             (pool.group, (~pool.live).nonzero().squeeze(1))
             for pool in self.pools
             if pool.name not in self.locked
         ]
+        example = _on_device(self._example, self.model)
         made = cut_verified(self.model, removals, example, optimizer)
         self.locked.update(made.refused)
         for cuts in made.batches:
@@ -353,6 +370,12 @@ class Sparsifier:
             ChannelPool(pool.group.after(cuts), pool.producer, pool.original_channels)
             for pool in self.pools
         ]
+
+
+def _on_device(example: Example, model: nn.Module) -> Example:
+    device = next(model.parameters()).device
+    moved: Example = map_tensors(example, lambda tensor: tensor.to(device))
+    return moved
 
 
 def _world_size() -> int:

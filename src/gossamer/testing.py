@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from gossamer.bake import finalize
+from gossamer.bake import finalize, sparse_layers
 from gossamer.method import Method
+from gossamer.sparse_weight import Masked
 from gossamer.sparsifier import Sparsifier
 
 __all__ = ["CONTRACT", "check_method"]
@@ -171,11 +172,12 @@ def _supports(run: _Run) -> list[Tensor]:
 
 
 def exact_density(method: Method) -> None:
-    """The count at the start is the method's budget; no effective weight lies off the support."""
+    """Masks start with exactly the method's budget; no effective weight lies off the support."""
     run = _Run.start(method)
-    budget = sum(method.budget([site.original_shape for site in run.sparsifier.sites]))
-    count = sum(site.nonzeros for site in run.sparsifier.sites)
-    assert count == budget, f"{count} weights on the support, {budget} asked for"
+    budget = method.budget([site.original_shape for site in run.sparsifier.sites])
+    for site, wanted in zip(run.sparsifier.sites, budget, strict=True):
+        if isinstance(site.sparse, Masked):
+            assert site.nonzeros == wanted, f"{site.name}: {site.nonzeros} weights, not {wanted}"
     run.steps(0, STEPS)
     _check_zeros(run)
 
@@ -184,6 +186,8 @@ def _check_zeros(run: _Run) -> None:
     for site in run.sparsifier.sites:
         off = ~site.support
         assert not site.effective[off].any(), f"{site.name} is not zero off its support"
+        if not isinstance(site.sparse, Masked):
+            continue  # its latent weight lives on off the support
         for key, value in run.optimizer.state[site.weight].items():
             if isinstance(value, Tensor) and value.shape == site.weight.shape:
                 assert not value[off].any(), f"{site.name}: state {key!r} is not zero off support"
@@ -263,11 +267,19 @@ def copies_survive(method: Method) -> None:
     assert torch.equal(copied(x), expected), "a deep copy computes something else"
     finalize(copied)
     assert torch.equal(copied(x), expected), "finalize changes the outputs of a copy"
-    averaged = finalize(copy.deepcopy(average.module))
+    averaged = copy.deepcopy(average.module)
+    supports = {
+        name: sparse.support(averaged.get_submodule(name).parametrizations.weight.original)  # type: ignore[union-attr, arg-type]
+        for name, sparse in sparse_layers(averaged).items()
+    }
+    finalize(averaged)
     for site in run.sparsifier.sites:
         weight = averaged.get_submodule(site.name).weight
         assert isinstance(weight, Tensor)
-        assert not weight[~site.support].any(), f"the EMA copy of {site.name} is not sparse"
+        assert not weight[~supports[site.name]].any(), f"the EMA copy of {site.name} is not sparse"
+        if isinstance(site.sparse, Masked):
+            same = torch.equal(supports[site.name], site.support)
+            assert same, f"the EMA copy of {site.name} has another mask"
     assert run.steps(half, STEPS) == twin.steps(half, STEPS), "copying changed the original"
 
 

@@ -1,0 +1,51 @@
+"""The methods by name. Adding one takes its file, one row here, its card and its reference twin."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from gossamer.method import Method
+from gossamer.methods.chase import Chase
+from gossamer.methods.static import Static
+
+__all__ = ["METHODS", "MethodInfo", "method_info"]
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One method: its name on the command line, its class, one line about it, its paper."""
+
+    name: str
+    cls: type[Method]
+    summary: str
+    paper: str
+
+
+METHODS: dict[str, MethodInfo] = {
+    info.name: info
+    for info in (
+        MethodInfo(
+            "static",
+            Static,
+            "a random mask, drawn once, never changed: what every other method must beat",
+            "Evci et al., Rigging the Lottery, ICML 2020, arXiv 1911.11134 (its baseline)",
+        ),
+        MethodInfo(
+            "chase",
+            Chase,
+            "dynamic sparse training that turns into removed channels while it trains",
+            "Yin et al., Dynamic Sparsity Is Channel-Level Sparsity Learner, NeurIPS 2023, "
+            "arXiv 2305.19454",
+        ),
+    )
+}
+
+
+def method_info(name: str) -> MethodInfo:
+    """The row of method `name`. Raises ValueError with the nearest name when there is none."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"no method is called {name!r}{hint}: choose one of {', '.join(METHODS)}")
+    return METHODS[name]
