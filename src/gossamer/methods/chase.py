@@ -103,6 +103,12 @@ class Chase(Method):
             check_range(self, name, 0, 1)
         check_range(self, "explore_end", 0, 1, open_low=True)
         check_range(self, "min_channel_factor", 0, 1)
+        if self.stop_update < self.explore_end:
+            raise ValueError(
+                f"Chase: stop_update={self.stop_update} comes before explore_end="
+                f"{self.explore_end}, and would freeze more weights than the density allows: give "
+                "an earlier explore_end too"
+            )
         for name in ("update_interval", "channel_interval"):
             if getattr(self, name) is not None:
                 check_range(self, name, 1, math.inf)
@@ -176,9 +182,9 @@ class Chase(Method):
     def updates_at(self, progress: Progress) -> bool:
         """Every interval, and at the end of phase A, which brings the count to exactly K."""
         step, total = progress
-        if step > max(self.stop_update * total, self._explore_steps(total)):
-            return False
-        return step % self._interval(total) == 0 or step == self._explore_steps(total)
+        if step == self._explore_steps(total):
+            return True
+        return step % self._interval(total) == 0 and step <= self.stop_update * total
 
     def wants_dense_grad(self, progress: Progress) -> bool:
         """Growth ranks the gradient of the update's own step."""
@@ -248,8 +254,8 @@ class Chase(Method):
         interval = self._interval(total_steps)
         start, end = self._channel_window(total_steps)
         spacing = self.channel_interval or interval * max(1, round((end - start) / interval / 10))
-        first = start + spacing - interval // 2
-        return [*range(first, end - spacing // 2, spacing), end]
+        grid = range(spacing - interval // 2, end, spacing)
+        return [*(step for step in grid if step > start), end]
 
     @property
     def _channel_end(self) -> float:
@@ -269,7 +275,8 @@ class Chase(Method):
 
     def _floor(self, channels: int) -> int:
         """Channels that a layer of this width keeps at least, in whole multiples."""
-        floor = int(channels * (1 - self.channel_sparsity) * self.min_channel_factor)
+        share = (1 - self.channel_sparsity) * self.min_channel_factor
+        floor = int(channels * share + 1e-9)  # 20 * (1 - 0.8) is a hair below 4
         floor = max(floor, self.min_channels)
         return min(channels, math.ceil(floor / self.channel_multiple) * self.channel_multiple)
 

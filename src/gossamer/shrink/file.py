@@ -91,6 +91,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)
     temporary = Path(name)
+    temporary.chmod(0o644)  # mkstemp lets nobody else read it
     try:
         write(temporary)
         os.replace(temporary, target)

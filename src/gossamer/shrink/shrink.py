@@ -14,7 +14,7 @@ from gossamer.example import Example, first_samples
 from gossamer.shrink.plan import Plan
 from gossamer.shrink.verify import cut_verified, max_difference, outputs
 
-__all__ = ["GroupReport", "Shrunk", "shrink"]
+__all__ = ["GroupReport", "Shrunk", "shrink", "unread"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def shrink(model: nn.Module, example: Example, plan: Plan | None = None) -> Shru
     notes = {group.name: group.locked for group in groups if group.locked}
     sample = first_samples(example, 2)
     while True:
-        dead = [(g, _unread(slim, g)) for g in groups if g.name not in notes]
+        dead = [(g, _removable(slim, g)) for g in groups if g.name not in notes]
         made = cut_verified(slim, dead, sample)
         notes.update(made.refused)
         for cuts in made.batches:
@@ -110,14 +110,19 @@ def shrink(model: nn.Module, example: Example, plan: Plan | None = None) -> Shru
     return Shrunk(slim, whole, report, difference)
 
 
-def _unread(model: nn.Module, group: ChannelGroup) -> Tensor:
-    """Channels whose every consumer weight is zero; one always stays."""
-    unread = torch.ones(group.channels, dtype=torch.bool)
+def _removable(model: nn.Module, group: ChannelGroup) -> Tensor:
+    dead = unread(model, group)
+    if dead.all():
+        dead[0] = False  # a layer without channels is none
+    return dead.nonzero().squeeze(1)
+
+
+def unread(model: nn.Module, group: ChannelGroup) -> Tensor:
+    """`(channels,)` bool: channels whose every consumer weight is zero."""
+    dead = torch.ones(group.channels, dtype=torch.bool)
     for part in group.consumers:
         weight = model.get_submodule(part.layer).weight
         assert isinstance(weight, Tensor)
         per_input = (weight.detach() != 0).transpose(0, 1).flatten(1).any(1).cpu()
-        unread &= ~per_input[part.index].any(1)
-    if unread.all():
-        unread[0] = False
-    return unread.nonzero().squeeze(1)
+        dead &= ~per_input[part.index].any(1)
+    return dead

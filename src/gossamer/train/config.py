@@ -22,7 +22,6 @@ __all__ = [
     "TrainConfig",
     "check_names",
     "from_dict",
-    "nearest",
     "read_yaml",
     "to_dict",
     "to_yaml",
@@ -35,8 +34,7 @@ class TrainConfig:
 
     Args:
         method: Sparse training method; `gossamer methods` lists them.
-        model: Network by name (vgg-small, resnet20, resnet18, wrn-22-2, ...), or a factory of your
-            own, `package.module:factory`.
+        model: Network by name, or a factory of your own, `package.module:factory`.
         width: Factor on every layer's number of channels.
         data: "digits", a Parquet file or folder, an image folder, or `owner/name` on the hub.
         val_fraction: Share of the training images held out for validation, where the set has none.
@@ -164,8 +162,10 @@ def check_names(names: Iterable[str], info: MethodInfo) -> None:
                     f"{name!r} is a setting of {', '.join(others)}, not of {info.name}: leave it "
                     "out, or choose the method"
                 )
+            near = difflib.get_close_matches(name.replace("-", "_"), sorted(known), 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
             raise ValueError(
-                f"there is no setting {name!r}{nearest(name, known)}: "
+                f"there is no setting {name!r}{hint}: "
                 f"`gossamer train --method {info.name} --help` lists them"
             )
 
@@ -186,12 +186,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"{path} holds a {type(values).__name__}; wanted lines of `name: value`")
     return values
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint with the known name that is most like `name`; empty when none is."""
-    near = difflib.get_close_matches(name.replace("-", "_"), sorted(known), 1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _frozen(value: Any) -> Any:

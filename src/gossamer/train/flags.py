@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from types import MappingProxyType, UnionType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import jsonargparse
 
 from gossamer.method import Method
 from gossamer.registry import MethodInfo, method_info
-from gossamer.train.config import TrainConfig, check_names, from_dict, nearest, read_yaml
+from gossamer.train.config import TrainConfig, check_names, from_dict, read_yaml
 from gossamer.train.folder import CHECKPOINTS, CONFIG
+from gossamer.train.models import model_names
 
 __all__ = ["Request", "UsageError", "parse"]
 
@@ -26,6 +29,21 @@ examples:
   gossamer train --resume --out runs/digits-vgg-small-chase-s0
   gossamer train --method static --help
 """
+
+
+# Flags that are no settings: they are not kept in config.yaml.
+_SWITCHES = (
+    ("resume", "go on from the newest checkpoint of the run folder"),
+    ("overwrite", "throw away what an earlier run has left in the run folder"),
+    ("json", "print the summary as JSON on stdout"),
+)
+_NOT_SETTINGS = {
+    "config",
+    "help",
+    "sparsity",
+    *(name for name, _ in _SWITCHES),
+    *(f"no_{field.name}" for field in fields(TrainConfig) if field.default in (True, False)),
+}
 
 
 class UsageError(ValueError):
@@ -63,12 +81,17 @@ def parse(argv: Sequence[str]) -> Request:
             raise FileNotFoundError(f"there is no configuration file {given['config']}")
         in_file = read_yaml(Path(given["config"]))
 
-    info = method_info(given.get("method") or str(in_file.get("method", TrainConfig.method)))
-    parser = _parser(info)
+    name = given.get("method") or str(in_file.get("method", TrainConfig.method))
     try:
-        check_names((key for key in in_file if key != "sparsity"), info)
+        info = method_info(name)
+        check_names(given.keys() - _NOT_SETTINGS, info)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    try:
+        check_names(in_file.keys() - {"sparsity"}, info)
     except ValueError as error:
         raise UsageError(f"{given['config']}: {error}") from error
+    parser = _parser(info)
     values = parser.parse_args(argv).as_dict()
 
     sparsity = values.pop("sparsity", None)
@@ -76,7 +99,7 @@ def parse(argv: Sequence[str]) -> Request:
         if any({"density", "sparsity"} <= source.keys() for source in (given, in_file)):
             raise UsageError("density and sparsity say the same: give one of them")
         values["density"] = round(1 - sparsity, 12)
-    resume, overwrite, as_json = (values.pop(name) for name in ("resume", "overwrite", "json"))
+    resume, overwrite, as_json = (values.pop(name) for name, _ in _SWITCHES)
     del values["config"]
     if resume and "config" in given and "out" not in given:
         folder = Path(given["config"]).parent
@@ -98,74 +121,82 @@ def _given(argv: Sequence[str]) -> dict[str, str]:
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    print_config = None
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise UsageError, in words a user knows."""
-        flag = re.search(r"unrecognized arguments: --([\w-]+)", message)
-        if flag:
-            known = [action.dest for action in self._actions]
-            raise UsageError(f"there is no flag --{flag[1]}{nearest(flag[1], known)}")
         wrong = re.search(r'Parser key "(\w+)":\s*(.*)', message, re.DOTALL)
         if wrong:
-            reason = re.sub(r"<class '(\w+)'>", r"\1", " ".join(wrong[2].split()))
-            raise UsageError(f"{wrong[1]}: {reason.replace('typing.', '')}")
+            reason = " ".join(wrong[2].split())
+            expected = re.fullmatch(r"Expected an? (.*)\. Got value: (.*)", reason)
+            if expected:
+                kind = re.sub(r"<class '(\w+)'>|typing\.|Literal", r"\1", expected[1])
+                reason = f"got {expected[2]!r}; wanted {kind}"
+            raise UsageError(f"{wrong[1]}: {reason}")
         raise UsageError(" ".join(message.split()))
 
 
 def _parser(info: MethodInfo) -> _Parser:
     parser = _Parser(
         prog="gossamer train",
+        usage="gossamer train [--config FILE] [--SETTING VALUE ...]",
         description="Train one network sparse from scratch, cut it, and say what came of it.",
         epilog=_EXAMPLES,
-        formatter_class=_Help,
+        formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        print_config=None,
     )
     parser.add_argument(
         "--config", action="config", metavar="FILE", help="YAML file of settings; flags override it"
     )
-    switches = (
-        ("resume", "Go on from the newest checkpoint of the run folder."),
-        ("overwrite", "Throw away what an earlier run has left in the run folder."),
-        ("json", "Print the summary as JSON."),
-    )
-    for name, text in switches:
+    for name, text in _SWITCHES:
         parser.add_argument(f"--{name}", action="store_true", help=text)
-    _add(parser.add_argument_group("the run"), TrainConfig)
-    method = parser.add_argument_group(f"the method: {info.name}", f"{info.summary}. {info.paper}.")
+    names = f" Names: {', '.join(model_names())}."
+    _add(parser.add_argument_group("settings of the run"), TrainConfig, {"model": names})
+    about = textwrap.fill(f"{info.summary}. {info.paper}.", 76)
+    method = parser.add_argument_group(f"settings of the method {info.name}", about)
     _add(method, info.cls)
     if "density" in info.cls.hyperparameters():
-        method.add_argument("--sparsity", type=float, help="1 - density, for those who prefer it.")
+        method.add_argument("--sparsity", type=float, metavar="float", help="1 - density")
     return parser
 
 
-class _Help(jsonargparse.DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    pass
+def _add(group: Any, cls: type, more: Mapping[str, str] = MappingProxyType({})) -> None:
+    """One flag for each field of a dataclass: its type, its default, its line of the docstring.
 
-
-def _add(group: Any, cls: type) -> None:
-    """One flag for each field of a dataclass: its type, its default, its line of the docstring."""
+    `more` says more about a field than its docstring does.
+    """
     hints = get_type_hints(cls)
     texts = {
         param.arg_name: " ".join((param.description or "").split())
         for param in docstring_parser.parse(cls.__doc__ or "").params
     }
     for field in fields(cls):
-        options: dict[str, Any] = {"default": field.default, "help": texts[field.name]}
-        kind = hints[field.name]
-        item = _item_type(kind)
+        kind, default = _plain(hints[field.name]), field.default
+        options: dict[str, Any] = {
+            "default": list(default) if isinstance(default, tuple) else default,
+            "help": (texts[field.name] + more.get(field.name, "")).replace("%", "%%"),
+        }
+        if default is not None and default is not False and default != ():
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            options["help"] += f" (default: {'yes' if default is True else shown})"
         if kind is bool:
-            options["action"] = jsonargparse.ActionYesNo
-        elif item is not None:
-            options |= {"type": item, "nargs": "+"}
+            options |= {"action": jsonargparse.ActionYesNo, "nargs": "?"}
+        elif get_origin(kind) is tuple:
+            item = get_args(kind)[0]
+            options |= {"type": item, "nargs": "+", "metavar": _WORDS[item]}
+        elif get_origin(kind) is Literal:
+            choices = "{" + ",".join(get_args(kind)) + "}"
+            options |= {"type": hints[field.name], "metavar": choices}
         else:
-            options["type"] = kind
-        group.add_argument(f"--{field.name}", **options)
+            options |= {"type": hints[field.name], "metavar": _WORDS[kind]}
+        action = group.add_argument(f"--{field.name}", **options)
+        if kind is bool:
+            action.metavar = "yes|no"  # jsonargparse overrules the option
 
 
-def _item_type(kind: Any) -> Any:
-    """The type of the items when `kind` is `tuple[item, ...]` or that or None; else None."""
-    for option in (kind, *get_args(kind)):
-        if get_origin(option) is tuple:
-            return get_args(option)[0]
-    return None
+_WORDS = {int: "int", float: "float", str: "text"}
+
+
+def _plain(kind: Any) -> Any:
+    """`kind`, or what it is when it is not None."""
+    options = [option for option in get_args(kind) if option is not type(None)]
+    return options[0] if isinstance(kind, UnionType) else kind

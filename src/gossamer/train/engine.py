@@ -1,0 +1,338 @@
+"""Training one network, dense or sparse, with Lightning underneath.
+
+What makes a run repeat bit for bit and resume as if it had not stopped: batches and dropout are
+drawn anew from (seed, epoch) at the start of every epoch, and checkpoints are made at its end.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gossamer.integrations.lightning import SparsifyCallback
+from gossamer.shrink.file import write_whole
+from gossamer.sparsifier import Sparsifier
+from gossamer.train.config import TrainConfig
+from gossamer.train.data import Batches
+from gossamer.train.folder import RunFolder
+from gossamer.train.work import Work
+
+__all__ = ["Row", "Watcher", "fit", "rate"]
+
+Row = dict[str, float]
+
+
+class Watcher(Protocol):
+    """Who is told how training goes."""
+
+    def started(self, network: str, epochs: int, steps: int, done: int) -> None:
+        """`network` trains for `epochs` of `steps` each, of which `done` were made before."""
+
+    def stepped(self, epoch: int, step: int, figures: Callable[[], Mapping[str, float]]) -> None:
+        """A step was made; `figures()` computes the averages of the epoch so far."""
+
+    def epoch_ended(self, row: Row) -> None:
+        """An epoch was made: its row of metrics.csv."""
+
+    def ended(self) -> None:
+        """Training ended, or was broken off."""
+
+
+def fit(
+    network: str,
+    model: nn.Module,
+    config: TrainConfig,
+    folder: RunFolder,
+    train: Batches,
+    val: Batches,
+    work: Work,
+    watcher: Watcher,
+    sparsifier: Sparsifier | None = None,
+    resume: bool = False,
+) -> list[Row]:
+    """Train `model` in place, from its newest checkpoint if `resume`; returns a row per epoch.
+
+    A network that has been trained to the end is only loaded.
+
+    Args:
+        network: "sparse" or "dense": names the files.
+        model: With `sparsifier` attached, if there is one.
+        config: The settings of the run.
+        folder: Where checkpoints and metrics go.
+        train: Batches to train on.
+        val: Batches to validate on after every epoch.
+        work: Counts `macs_training`.
+        watcher: Is told how it goes.
+        sparsifier: Of `model`; None trains it dense.
+        resume: Load the newest checkpoint, if there is one.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the checkpoint of the last whole epoch is there.
+        ValueError: The checkpoint is damaged, or does not belong to this run.
+        OSError: A file could not be written; the one before it is still whole.
+    """
+    checkpoint = folder.checkpoint(network)
+    start = checkpoint if resume and checkpoint.exists() else None
+    if start is not None:
+        _check(start, model, sparse=sparsifier is not None)
+    module = _Classifier(network, model, config, train, work, watcher, sparsifier)
+    callbacks: list[Callback] = [_SaveEpoch(folder, module)]
+    if sparsifier is not None:
+        callbacks.append(SparsifyCallback(sparsifier, log=False))
+    trainer = Trainer(
+        accelerator="gpu" if train.images.is_cuda else "cpu",
+        devices=1,
+        precision="bf16-mixed" if config.precision == "bf16" else "32-true",
+        max_epochs=config.epochs,
+        num_sanity_val_steps=0,
+        logger=False,
+        callbacks=callbacks,
+        plugins=[_WholeFiles()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder.path,
+    )
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(module, train, val, ckpt_path=start)
+    except SystemExit as stopped:  # what Lightning makes of Ctrl-C and of SIGTERM
+        raise KeyboardInterrupt from stopped
+    finally:
+        watcher.ended()
+        if signal.getsignal(signal.SIGINT) is not on_interrupt:
+            signal.signal(signal.SIGINT, on_interrupt)
+    return module.rows
+
+
+class _Classifier(LightningModule):
+    """The network in training: loss, optimizer, and the figures of each epoch."""
+
+    def __init__(
+        self,
+        network: str,
+        model: nn.Module,
+        config: TrainConfig,
+        batches: Batches,
+        work: Work,
+        watcher: Watcher,
+        sparsifier: Sparsifier | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.rows: list[Row] = []
+        self.work = work
+        self.network = network
+        self._settings = config
+        self._batches = batches
+        self._watcher = watcher
+        self._sparsifier = sparsifier
+        self._started = 0.0
+        self._sums = {"train": _Sums(), "val": _Sums()}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Optimizer, and a learning rate that changes with every step."""
+        config, sparsifier = self._settings, self._sparsifier
+        groups = self.parameters() if sparsifier is None else sparsifier.parameter_groups()
+        lr, decay = config.lr, config.weight_decay
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, weight_decay=decay)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=decay)
+        steps = len(self._batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: rate(config, step, steps)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_train_start(self) -> None:
+        """Tell the watcher what is coming."""
+        epochs = self._settings.epochs
+        self._watcher.started(self.network, epochs, len(self._batches), self.current_epoch)
+
+    def on_train_epoch_start(self) -> None:
+        """The epoch's own batches and its own dropout, whatever ran before."""
+        epoch = self.current_epoch
+        self._batches.set_epoch(epoch)
+        (mixed,) = np.random.SeedSequence((self._settings.seed, epoch)).generate_state(1, np.uint64)
+        torch.manual_seed(int(mixed) >> 1)
+        self._sums = {"train": _Sums(), "val": _Sums()}
+        self._started = time.perf_counter()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        """The loss of one batch."""
+        images, labels = batch
+        logits = self.model(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self._settings.label_smoothing)
+        self._sums["train"].add(loss, logits, labels)
+        self.work.add(len(labels))
+        return loss if self._sparsifier is None else loss + self._sparsifier.penalty()
+
+    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        """Tell the watcher."""
+        self._watcher.stepped(self.current_epoch, batch_idx + 1, self._figures)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+        """Loss and accuracy of one batch."""
+        images, labels = batch
+        logits = self.model(images)
+        self._sums["val"].add(F.cross_entropy(logits, labels), logits, labels)
+
+    def on_train_epoch_end(self) -> None:
+        """Close the epoch's row."""
+        train, val = self._sums["train"], self._sums["val"]
+        made = rate(self._settings, self.global_step - 1, len(self._batches))
+        row: Row = {
+            "epoch": self.current_epoch + 1,
+            "step": self.global_step,
+            "lr": self._settings.lr * made,
+            "train_loss": train.loss,
+            "train_accuracy": train.accuracy,
+            "val_loss": val.loss,
+            "val_accuracy": val.accuracy,
+            **self._sparsity(),
+            "seconds": time.perf_counter() - self._started,
+            "macs_training": self.work.total,
+        }
+        self.rows.append(row)
+        self._watcher.epoch_ended(row)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the epochs so far."""
+        checkpoint["gossamer"] = {"rows": self.rows, "work": self.work.state_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the epochs so far."""
+        self.rows = list(checkpoint["gossamer"]["rows"])
+        self.work.load_state_dict(checkpoint["gossamer"]["work"])
+
+    def _figures(self) -> Row:
+        train = self._sums["train"]
+        return {"loss": train.loss, "accuracy": train.accuracy, **self._sparsity()}
+
+    def _sparsity(self) -> Row:
+        sparsifier = self._sparsifier
+        if sparsifier is None:
+            return {"density": 1.0, "live_channels": 0, "channel_sparsity": 0.0}
+        return {
+            "density": sparsifier.density,
+            "live_channels": sparsifier.live_channels,
+            "channel_sparsity": sparsifier.channel_sparsity,
+        }
+
+
+class _Sums:
+    """Loss and hits over the batches of an epoch; read only when somebody asks."""
+
+    def __init__(self) -> None:
+        self._loss: Tensor | float = 0.0
+        self._hits: Tensor | float = 0.0
+        self._count = 0
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch with its mean loss."""
+        self._loss = self._loss + loss.detach().float() * len(labels)
+        self._hits = self._hits + (logits.detach().argmax(1) == labels).sum()
+        self._count += len(labels)
+
+    @property
+    def loss(self) -> float:
+        """Mean over the examples so far."""
+        return float(self._loss) / max(1, self._count)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of hits so far."""
+        return float(self._hits) / max(1, self._count)
+
+
+def rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Factor on the learning rate of step `step`, counted from 0."""
+    warmup = config.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return (step + 1) / warmup
+    fraction = (step - warmup) / (config.epochs * steps_per_epoch - warmup)
+    if config.schedule == "cosine":
+        return (1 + math.cos(math.pi * min(fraction, 1.0))) / 2
+    if config.schedule == "multistep":
+        done = step / (config.epochs * steps_per_epoch)
+        return 0.1 ** sum(done >= milestone for milestone in config.milestones)
+    return 1.0
+
+
+class _SaveEpoch(Checkpoint):
+    """Writes checkpoint and metrics when an epoch is over. Lightning runs it after all others."""
+
+    def __init__(self, folder: RunFolder, module: _Classifier) -> None:
+        self._folder = folder
+        self._module = module
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write both files."""
+        network = self._module.network
+        trainer.save_checkpoint(self._folder.checkpoint(network), weights_only=False)
+        self._folder.write_rows(self._folder.metrics(network), self._module.rows)
+
+
+class _WholeFiles(CheckpointIO):
+    """Checkpoint files appear whole or not at all, and nothing in them can run code."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        # Through memory: torch.save to a full disk raises a RuntimeError that names no file.
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_whole(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def _check(path: Path, model: nn.Module, sparse: bool) -> None:
+    """Raise ValueError unless the checkpoint is whole, of a run, and of this network.
+
+    What belongs to a sparse network, the Sparsifier checks when Lightning restores it.
+    """
+    away = f"to train from the start, remove {path}"
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"the checkpoint {path} is damaged ({reason}); {away}") from error
+    if not isinstance(checkpoint, dict) or "gossamer" not in checkpoint:
+        raise ValueError(f"{path} is no checkpoint of `gossamer train`; {away}")
+    if sparse:
+        return
+    theirs = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+    for name, tensor in model.state_dict(prefix="model.").items():
+        if theirs.get(name) != tensor.shape:
+            got = tuple(theirs[name]) if name in theirs else "nothing"
+            raise ValueError(
+                f"the checkpoint {path} is of another network: for {name.removeprefix('model.')} "
+                f"it has {got}, not {tuple(tensor.shape)}; {away}"
+            )

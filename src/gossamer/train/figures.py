@@ -1,0 +1,139 @@
+"""The figures of the trained networks: the dense twin, the sparse one at full width, the slim one.
+
+dense: the twin, trained without a method.
+sparse: the full-width network with the trained zeros, which is what masks alone deliver.
+slim: the same network after the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.channels import ChannelGroup, find_groups
+from gossamer.example import evaluating
+from gossamer.measure.macs import Account, account
+from gossamer.shrink.plan import Plan
+from gossamer.shrink.shrink import shrink, unread
+from gossamer.sparsifier import Sparsifier
+from gossamer.train.data import Batches
+from gossamer.train.expand import expand, scatter, take
+
+__all__ = ["Delivered", "accuracy", "deliver", "figures", "logits"]
+
+
+@dataclass(frozen=True, eq=False)
+class Delivered:
+    """What came of a sparse training.
+
+    Attributes:
+        sparse: The full-width network with the trained zeros.
+        slim: The same network without the channels that nothing reads.
+        plan: Cuts the full-width network to `slim`.
+        supports: Of every sparse weight, bool, at full width.
+        eligible: Channel groups, at full width, that could have lost channels.
+        note: Why nothing was cut, when the network's channels cannot be traced; else empty.
+    """
+
+    sparse: nn.Module
+    slim: nn.Module
+    plan: Plan
+    supports: Mapping[str, Tensor]
+    eligible: tuple[ChannelGroup, ...]
+    note: str
+
+    def account(self, network: str, example: Tensor) -> Account:
+        """Size and work of the "sparse" or the "slim" network, by the trained supports."""
+        counts = {name: int(mask.count_nonzero()) for name, mask in self._masks(network).items()}
+        model = self.sparse if network == "sparse" else self.slim
+        return account(model, example, supports=counts)
+
+    def density(self, network: str) -> float:
+        """Share of the sparse layers' weights, as many as the network has, that is kept."""
+        masks = self._masks(network).values()
+        return sum(int(mask.count_nonzero()) for mask in masks) / sum(m.numel() for m in masks)
+
+    def channel_sparsity(self, network: str) -> float:
+        """Share of the eligible channels that nothing reads ("sparse"), that are gone ("slim")."""
+        total = sum(group.channels for group in self.eligible)
+        if network == "sparse":
+            lost = sum(int(unread(self.sparse, group).sum()) for group in self.eligible)
+        else:
+            kept = {group.name: self.plan.kept(group.name, "out") for group in self.eligible}
+            lost = sum(
+                group.channels - len(positions)
+                for group in self.eligible
+                if (positions := kept[group.name]) is not None
+            )
+        return lost / total if total else 0.0
+
+    def _masks(self, network: str) -> dict[str, Tensor]:
+        if network == "sparse":
+            return dict(self.supports)
+        return {name: take(mask, name, self.plan) for name, mask in self.supports.items()}
+
+
+def deliver(sparsifier: Sparsifier, full: nn.Module, example: Tensor) -> Delivered:
+    """Finish a trained Sparsifier: bake its model, widen a copy of it, cut another.
+
+    Args:
+        sparsifier: At the end of training; it is done then.
+        full: The network as it was before training, not sparsified; it becomes the sparse one.
+        example: An input it accepts.
+    """
+    supports = {
+        site.name: scatter(site.support, site.original_shape, site.name, sparsifier.plan)
+        for site in sparsifier.sites
+    }
+    trained = sparsifier.finalize()
+    sparse = expand(trained, full, sparsifier.plan)
+    try:
+        groups = find_groups(full, example)
+        cut = shrink(trained, example, sparsifier.plan)
+    except ValueError as error:  # a method that needs no graph trains what cannot be traced
+        return Delivered(sparse, trained, sparsifier.plan, supports, (), str(error))
+    pools = {pool.name for pool in sparsifier.pools}
+    eligible = tuple(
+        group
+        for group in groups
+        if (group.name in pools if pools else group.internal and not group.locked)
+    )
+    return Delivered(sparse, cut.model, cut.plan, supports, eligible, "")
+
+
+def figures(
+    account: Account,
+    *,
+    accuracy: float,
+    density: float,
+    channel_sparsity: float,
+    macs_training: float,
+    latency_ms: float,
+) -> dict[str, Any]:
+    """One network's figures, by the names they have everywhere."""
+    return {
+        "accuracy": accuracy,
+        "density": density,
+        "channel_sparsity": channel_sparsity,
+        "nonzeros": account.nonzeros,
+        "bytes_on_disk": account.bytes_on_disk,
+        "macs_executed": account.macs_executed,
+        "macs_sparse": account.macs_sparse,
+        "macs_training": macs_training,
+        "latency_ms": latency_ms,
+    }
+
+
+def logits(model: nn.Module, batches: Batches) -> Tensor:
+    """Outputs on all images, `(n, classes)` on the CPU, in eval mode."""
+    with evaluating(model), torch.inference_mode():
+        return torch.cat([model(images).cpu() for images, _ in batches])
+
+
+def accuracy(model: nn.Module, batches: Batches) -> float:
+    """Share of the images whose class comes out highest; batches must not be shuffled."""
+    return float((logits(model, batches).argmax(1) == batches.labels.cpu()).double().mean())

@@ -1,0 +1,328 @@
+"""One training run: from a configuration to a folder with a slim model and its figures."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gossamer
+from gossamer.measure.latency import compare_latency
+from gossamer.measure.macs import account
+from gossamer.method import Method
+from gossamer.shrink.file import save
+from gossamer.sparsifier import Sparsifier
+from gossamer.train.config import TrainConfig, read_yaml, to_dict, to_yaml
+from gossamer.train.data import Batches, Split, load_data
+from gossamer.train.engine import Row, Watcher, fit
+from gossamer.train.figures import Delivered, accuracy, deliver, figures, logits
+from gossamer.train.folder import RunFolder
+from gossamer.train.models import build_model
+from gossamer.train.report import markdown
+from gossamer.train.work import Work
+
+__all__ = ["train"]
+
+_LATENCY_BATCH = 32
+# What may differ when a run is resumed: it changes neither network nor schedule.
+_FREE = ("out", "baseline", "threads", "device")
+
+
+def train(
+    config: TrainConfig,
+    method: Method,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+) -> dict[str, Any]:
+    """Train, cut, measure, and write the run folder `config.folder`; returns its summary.
+
+    Args:
+        config: The settings; `config.method` names the method.
+        method: Its hyperparameters.
+        resume: Go on from the newest checkpoints; a finished run is only read.
+        overwrite: Remove an earlier run in the folder, once this one is ready to start.
+        watcher: Is told how it goes.
+
+    Raises:
+        FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` is set.
+        ValueError: A setting that does not fit model, data or the run to resume.
+        OSError: A file could not be read or written; earlier files are still whole.
+        KeyboardInterrupt: Ctrl-C or SIGTERM: `resume` goes on from the last whole epoch.
+    """
+    folder = RunFolder(config.folder)
+    if resume:
+        _check_resumable(folder, config, method)
+        if folder.summary.exists():
+            summary: dict[str, Any] = json.loads(folder.summary.read_text())
+            if "dense" in summary or not config.baseline:
+                return summary
+    elif folder.existing() and not overwrite:
+        raise FileExistsError(
+            f"{folder.path} holds a run already ({folder.existing()[0].name}): --resume goes on "
+            "with it, --overwrite throws it away, --out chooses another folder"
+        )
+    with _threads(config.threads):
+        return _Run(config, method, folder, watcher or _Silent(), resume, overwrite).go()
+
+
+class _Run:
+    """The steps of one run, on what all of them share: data, device, folder."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        method: Method,
+        folder: RunFolder,
+        watcher: Watcher,
+        resume: bool,
+        overwrite: bool,
+    ) -> None:
+        self.config = config
+        self.method = method
+        self.folder = folder
+        self.watcher = watcher
+        self.resume = resume
+        self.overwrite = overwrite
+        self.device = _device(config.device)
+        self.data = load_data(
+            config.data,
+            val_fraction=config.val_fraction,
+            seed=config.seed,
+            image_size=config.image_size,
+        )
+        self.val = self._batches(self.data.val)
+        self.test = self._batches(self.data.test)
+        self.example = next(iter(self.val))[0][:2].cpu()
+
+    def go(self) -> dict[str, Any]:
+        """Train what is asked for and write everything; returns the summary."""
+        config, folder = self.config, self.folder
+        model = self._model()
+        sparsifier = Sparsifier(
+            model,
+            self.method,
+            total_steps=config.epochs * len(self._train_batches()),
+            example=self.example,
+            include=config.include,
+            exclude=config.exclude,
+            keep_channels=config.keep_channels,
+            cut=config.cut,
+            seed=config.seed,
+        )
+        # All that can be wrong with the settings was found by now: an old run may go.
+        if self.overwrite:
+            folder.clear()
+        folder.write_text(folder.config, to_yaml(config, self.method))
+
+        sparse_rows = self._fit("sparse", model, sparsifier)
+        delivered = deliver(sparsifier, self._model(), self.example)
+        save(folder.model, delivered.slim, delivered.plan)
+        rows, twin = {"sparse": sparse_rows}, None
+        if config.baseline:
+            twin = self._model()
+            rows["dense"] = self._fit("dense", twin, None)
+
+        summary = self._summary(delivered, twin, rows)
+        sizes = {name: delivered.account(name, self.example) for name in ("sparse", "slim")}
+        text = markdown(summary, to_dict(config, self.method), sizes["sparse"], sizes["slim"])
+        folder.write_text(folder.report, text)
+        folder.write_json(folder.summary, summary)
+        return summary
+
+    def _fit(self, network: str, model: nn.Module, sparsifier: Sparsifier | None) -> list[Row]:
+        work = Work(model, self.example, sparsifier)
+        return fit(
+            network,
+            model,
+            self.config,
+            self.folder,
+            self._train_batches(),
+            self.val,
+            work,
+            self.watcher,
+            sparsifier,
+            self.resume,
+        )
+
+    def _summary(
+        self, delivered: Delivered, twin: nn.Module | None, rows: Mapping[str, list[Row]]
+    ) -> dict[str, Any]:
+        networks = {} if twin is None else {"dense": twin}
+        networks |= {"sparse": delivered.sparse, "slim": delivered.slim}
+        for model in networks.values():
+            model.to(self.device)
+        times = compare_latency(networks, self._latency_images())
+        outputs = [logits(networks[name], self.val) for name in ("sparse", "slim")]
+        scores = {name: accuracy(model, self.test) for name, model in networks.items()}
+        for model in networks.values():
+            model.cpu()
+
+        full = self._model()
+        reference = account(full, self.example)
+        steps = len(rows["sparse"]) * len(self._train_batches()) * self.config.batch_size
+        summary: dict[str, Any] = {
+            "config": str(self.folder.config),
+            "model": {
+                "name": self.config.model,
+                "num_classes": self.data.num_classes,
+                "in_shape": list(self.data.in_shape),
+                "width": self.config.width,
+            },
+            "method": self.method.to_dict(),
+            "data": self._about_data(),
+            "seed": self.config.seed,
+            "versions": {"gossamer": gossamer.__version__, "torch": str(torch.__version__)},
+            "machine": {
+                "device": str(self.device),
+                "cpu": times.conditions.cpu,
+                "gpu": times.conditions.gpu,
+                "threads": torch.get_num_threads(),
+                "platform": platform.platform(),
+            },
+            "wall_seconds": {
+                name: sum(row["seconds"] for row in own) for name, own in rows.items()
+            },
+            "latency": {
+                **asdict(times.conditions),
+                "ratio": {model.name: model.ratio.median for model in times.models},
+            },
+            "reference": {
+                "nonzeros": sum(parameter.numel() for parameter in full.parameters()),
+                "bytes_on_disk": reference.bytes_on_disk,
+                "macs_executed": reference.macs_executed,
+                "macs_sparse": reference.macs_sparse,
+                "macs_training": 3.0 * steps * reference.macs_executed,
+            },
+        }
+        if twin is not None:
+            summary["dense"] = figures(
+                account(twin, self.example),
+                accuracy=scores["dense"],
+                density=1.0,
+                channel_sparsity=0.0,
+                macs_training=rows["dense"][-1]["macs_training"],
+                latency_ms=times["dense"].milliseconds.median,
+            )
+        for name in ("sparse", "slim"):
+            summary[name] = figures(
+                delivered.account(name, self.example),
+                accuracy=scores[name],
+                density=delivered.density(name),
+                channel_sparsity=delivered.channel_sparsity(name),
+                macs_training=rows["sparse"][-1]["macs_training"],
+                latency_ms=times[name].milliseconds.median,
+            )
+        summary["slim"] |= {
+            "bytes_on_disk": self.folder.model.stat().st_size,
+            "max_abs_difference": float((outputs[0] - outputs[1]).abs().max()),
+            "output_scale": float(outputs[0].abs().max()),
+        }
+        if delivered.note:
+            summary["slim"]["not_cut"] = delivered.note
+        return summary
+
+    def _about_data(self) -> dict[str, Any]:
+        data = self.data
+        return {
+            "name": data.name,
+            "train": len(data.train),
+            "val": len(data.val),
+            "test": len(data.test),
+            "classes": list(data.classes),
+            "mean": data.mean.tolist(),
+            "std": data.std.tolist(),
+        }
+
+    def _model(self) -> nn.Module:
+        """The network as training starts from it: the same each time."""
+        torch.manual_seed(self.config.seed)
+        model = build_model(
+            self.config.model,
+            num_classes=self.data.num_classes,
+            in_shape=self.data.in_shape,
+            width=self.config.width,
+        )
+        if self.config.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+    def _train_batches(self) -> Batches:
+        return self._batches(self.data.train, training=True)
+
+    def _batches(self, split: Split, training: bool = False) -> Batches:
+        config = self.config
+        return Batches(
+            split,
+            batch_size=config.batch_size,
+            mean=self.data.mean,
+            std=self.data.std,
+            shuffle=training,
+            augment=training and config.augment,
+            flip=config.flip,
+            seed=config.seed,
+            drop_last=training,
+            device=self.device,
+            channels_last=config.channels_last,
+        )
+
+    def _latency_images(self) -> Tensor:
+        images = torch.cat([images for images, _ in self.test])[:_LATENCY_BATCH]
+        memory = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        return images.contiguous(memory_format=memory)
+
+
+class _Silent:
+    """A watcher that says nothing."""
+
+    def started(self, network: str, epochs: int, steps: int, done: int) -> None: ...
+
+    def stepped(
+        self, epoch: int, step: int, figures: Callable[[], Mapping[str, float]]
+    ) -> None: ...
+
+    def epoch_ended(self, row: Row) -> None: ...
+
+    def ended(self) -> None: ...
+
+
+def _check_resumable(folder: RunFolder, config: TrainConfig, method: Method) -> None:
+    if not folder.config.exists():
+        raise FileNotFoundError(
+            f"there is no run to resume in {folder.path} (no {folder.config.name}): name its "
+            "folder with --out, or start one without --resume"
+        )
+    before, now = read_yaml(folder.config), to_dict(config, method)
+    for key in (*now, *before):
+        if key not in _FREE and before.get(key) != now.get(key):
+            raise ValueError(
+                f"{folder.config} says {key}: {before.get(key)}, and now it is {now.get(key)}: "
+                "resume with the settings the run was started with, or choose another folder "
+                "with --out"
+            )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but PyTorch finds no CUDA device: choose cpu or auto")
+    return torch.device(name)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

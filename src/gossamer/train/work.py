@@ -1,0 +1,78 @@
+"""Counting `macs_training` while a network trains, and its support and its widths change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from gossamer.measure.macs import Account, TrainingMacs, account, training_products
+from gossamer.method import Cost, Progress
+from gossamer.sparsifier import Sparsifier
+
+__all__ = ["Work"]
+
+_DENSE = Cost(sparse_forward=False, sparse_grad_input=False, sparse_grad_weight=False)
+
+
+class Work:
+    """MACs of the steps made so far; the account is only taken anew when something changed.
+
+    How often an example uses each weight does not change when channels are cut, so the model runs
+    once; later only sizes and supports are looked up.
+
+    Args:
+        model: The network, full-width, with `sparsifier` attached if there is one.
+        example: An input it accepts.
+        sparsifier: Of `model`; None when it trains dense.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor, sparsifier: Sparsifier | None) -> None:
+        self._model = model
+        self._sparsifier = sparsifier
+        self._full = account(model, example)
+        self._macs = TrainingMacs()
+        self._revision = -1
+        self._now = self._full
+
+    @property
+    def total(self) -> float:
+        """MACs of the whole run so far."""
+        return self._macs.total
+
+    def add(self, examples: int) -> None:
+        """Add a step on so many examples, as the network is now."""
+        cost = _DENSE
+        if self._sparsifier is not None:
+            if self._revision != self._sparsifier.revision:
+                self._revision = self._sparsifier.revision
+                self._now = self._account(self._sparsifier)
+            cost = self._sparsifier.method.cost
+            coming = Progress(self._sparsifier.step_count + 1, self._sparsifier.total_steps)
+            if self._sparsifier.method.wants_dense_grad(coming):
+                cost = cost._replace(sparse_grad_weight=False)
+        forward, grad_input, grad_weight = training_products(self._now, **cost._asdict())
+        self._macs.add(examples, forward=forward, grad_input=grad_input, grad_weight=grad_weight)
+
+    def state_dict(self) -> dict[str, float]:
+        """The total, for a checkpoint."""
+        return self._macs.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from a total that `state_dict` returned."""
+        self._macs.load_state_dict(state)
+
+    def _account(self, sparsifier: Sparsifier) -> Account:
+        sites = {site.name: site for site in sparsifier.sites}
+        dense = dict(self._model.named_parameters())
+        layers = []
+        for row in self._full.layers:
+            if row.name in sites:
+                site = sites[row.name]
+                weights, nonzeros = site.weight.numel(), site.nonzeros
+            else:
+                name = f"{row.name}.weight"
+                weights = nonzeros = dense[name if name in dense else row.name].numel()
+            layers.append(replace(row, weights=weights, nonzeros=nonzeros))
+        return replace(self._full, layers=tuple(layers))

@@ -1,0 +1,342 @@
+"""The `gossamer` command: what it understands, what it says, and what it never imports."""
+
+import io
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+import gossamer
+from gossamer.registry import METHODS
+from gossamer.train import cli, flags
+from gossamer.train.config import TrainConfig
+from gossamer.train.progress import Bar
+
+# Lightning 2.6 on torch 2.13.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+TINY = ["--model", "vgg-small", "--width", "0.25", "--epochs", "2", "--lr", "0.05"]
+TINY += ["--density", "0.2", "--min_channels", "2"]
+
+
+def run(*words):
+    return cli.main([str(word) for word in words])
+
+
+def fails(capsys, code, *words):
+    """The one line of error that a command ends with."""
+    assert run(*words) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("gossamer: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+# ------------------------------------------------------------------ help
+
+
+def test_help_shows_an_example(capsys):
+    assert run("--help") == 0
+    assert "gossamer train --method chase" in capsys.readouterr().out
+    assert run() == 2
+    assert run("--version") == 0
+    assert gossamer.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_help_has_every_setting_with_its_text(method, capsys):
+    assert run("train", "--method", method, "--help") == 0
+    settings, examples = capsys.readouterr().out.split("examples:")
+    assert "gossamer train --config recipes/digits-chase.yaml" in examples
+    text = " ".join(settings.split())
+    for cls in (TrainConfig, METHODS[method].cls):
+        for field in fields(cls):
+            assert f"--{field.name} " in text or f"--{field.name}, " in text, field.name
+    assert "validation images. (default: 0)" in text
+    own = {name for info in METHODS.values() for name in info.cls.hyperparameters()}
+    for name in own - set(METHODS[method].cls.hyperparameters()):
+        assert f"--{name} " not in text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_takes_a_name_of_the_run(method):
+    taken = {field.name for field in fields(TrainConfig)} | {"config", "resume", "overwrite"}
+    assert not taken & set(METHODS[method].cls.hyperparameters())
+    assert not {"json", "sparsity"} & set(METHODS[method].cls.hyperparameters())
+
+
+def test_methods_lists_the_registry(capsys):
+    assert run("methods") == 0
+    text = capsys.readouterr().out
+    for info in METHODS.values():
+        assert f"{info.name} " in text
+        assert info.paper in text
+    assert run("methods", "--json") == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == list(METHODS)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["methods"], ["train", "--help"]])
+def test_only_training_imports_what_is_heavy(words):
+    code = (
+        "import sys; from gossamer.train.cli import main\n"
+        f"assert main({words!r}) == 0\n"
+        "heavy = {'lightning', 'datasets', 'sklearn', 'matplotlib', 'rich'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+# ------------------------------------------------------------------ flags and files
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
+    file = tmp_path / "some.yaml"
+    file.write_text("density: 0.3\nepochs: 7\nlr: 1e-2\nexclude: [fc, conv1]\nbaseline: true\n")
+    request = flags.parse(["--config", str(file), "--epochs", "9"])
+    assert request.method == gossamer.Chase(density=0.3)
+    config = request.config
+    assert (config.epochs, config.lr, config.exclude) == (9, 0.01, ("fc", "conv1"))
+    assert config.baseline
+    assert (config.momentum, config.milestones, config.include) == (0.9, (0.5, 0.75), None)
+    assert (request.resume, request.overwrite, request.as_json) == (False, False, False)
+
+
+def test_the_method_is_chosen_by_flag_or_file(tmp_path):
+    file = tmp_path / "some.yaml"
+    file.write_text("method: static\ndistribution: uniform\n")
+    assert flags.parse(["--config", str(file)]).method == gossamer.Static(distribution="uniform")
+    request = flags.parse([f"--config={file}", "--method=chase", "--grow", "random"])
+    assert request.method == gossamer.Chase(distribution="uniform", grow="random")
+    assert flags.parse([]).method == gossamer.Chase()
+
+
+def test_lists_and_switches():
+    words = "--baseline --no_flip --augment true --exclude a b --milestones 0.3 0.6"
+    config = flags.parse(words.split()).config
+    assert (config.baseline, config.flip, config.augment) == (True, False, True)
+    assert (config.exclude, config.milestones) == (("a", "b"), (0.3, 0.6))
+    assert flags.parse(["--update_interval", "null"]).method == gossamer.Chase()
+
+
+def test_sparsity_is_one_minus_density(tmp_path):
+    file = tmp_path / "some.yaml"
+    file.write_text("sparsity: 0.9\n")
+
+    def density(*words):
+        method = flags.parse(["--config", str(file), *words]).method
+        assert isinstance(method, gossamer.Chase)
+        return method.density
+
+    assert density() == 0.1
+    assert density("--sparsity", "0.8") == 0.2
+    assert density("--density", "0.3") == 0.3
+    file.write_text("density: 0.4\n")
+    assert density("--sparsity", "0.8") == 0.2
+    with pytest.raises(flags.UsageError, match="say the same: give one of them"):
+        density("--sparsity", "0.8", "--density", "0.2")
+    file.write_text("density: 0.4\nsparsity: 0.6\n")
+    with pytest.raises(flags.UsageError, match="say the same: give one of them"):
+        density()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("trian", "there is no command 'trian' (did you mean train?)"),
+        ("train --epoch 3", "there is no setting 'epoch' (did you mean epochs?)"),
+        ("train --batch-size 3", "there is no setting 'batch-size' (did you mean batch_size?)"),
+        ("train --method static --channel_score umm", "'channel_score' is a setting of chase"),
+        ("train --method chaze", "no method is called 'chaze' (did you mean 'chase'?)"),
+        ("train --epochs many", "epochs: got 'many'; wanted int"),
+        ("train --optimizer lion", "optimizer: got 'lion'; wanted ['sgd', 'adamw']"),
+        ("train stray", "unrecognized arguments: stray"),
+        ("train --config FILE", "FILE: there is no setting 'epoch' (did you mean epochs?)"),
+        ("train --config FILE --method static", "FILE: there is no setting 'epoch'"),
+    ],
+)
+def test_what_cannot_be_understood(words, message, tmp_path, capsys):
+    file = tmp_path / "wrong.yaml"
+    file.write_text("epoch: 3\n")
+    error = fails(capsys, 2, *words.replace("FILE", str(file)).split())
+    assert message.replace("FILE", str(file)) in error
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "message"),
+    [
+        ("epochs: many\n", 2, "epochs: got 'many'; wanted int"),
+        ("channel_sparsity: 0.5\nmethod: static\n", 2, "is a setting of chase, not of static"),
+        ("[1, 2]\n", 1, "holds a list; wanted lines of `name: value`"),
+        ("a: [\n", 1, "is not YAML"),
+        ("epochs: 0\n", 1, "epochs=0: give at least 1"),
+        ("density: 1.5\n", 1, "density=1.5 is out of range"),
+    ],
+)
+def test_files_that_are_wrong(text, code, message, tmp_path, capsys):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    assert message in fails(capsys, code, "train", "--config", file)
+
+
+def test_there_is_no_such_file(tmp_path, capsys):
+    error = fails(capsys, 1, "train", "--config", tmp_path / "none.yaml")
+    assert "there is no configuration file" in error
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_understood(recipe):
+    flags.parse(["--config", str(recipe)])
+
+
+# ------------------------------------------------------------------ runs
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A finished run, made on the command line."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", open(folder.parent / "out", "w"))  # noqa: SIM115
+        patch.setattr(sys, "stderr", open(folder.parent / "err", "w"))  # noqa: SIM115
+        assert run("train", *TINY, "--baseline", "--out", folder) == 0
+        sys.stdout.close()
+        sys.stderr.close()
+    return folder
+
+
+def test_it_prints_the_networks_side_by_side(run_folder):
+    out = (run_folder.parent / "out").read_text()
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert "FLOPs are 2 per MAC" in out
+    head, accuracy = out.splitlines()[3:5]
+    assert head.split() == ["dense", "sparse", "slim"]
+    assert accuracy.split() == [
+        "accuracy",
+        *(f"{summary[name]['accuracy']:.2%}" for name in ("dense", "sparse", "slim")),
+    ]
+    snippet = out[out.index("    import gossamer") :].replace("    ", "")
+    loaded: dict[str, object] = {}
+    exec(snippet, loaded)
+    assert isinstance(loaded["model"], torch.nn.Module)
+
+    err = (run_folder.parent / "err").read_text().splitlines()  # nothing of Lightning's
+    assert [line.split("  ")[0] for line in err] == [
+        "sparse: epoch 1/2",
+        "sparse: epoch 2/2",
+        "dense: epoch 1/2",
+        "dense: epoch 2/2",
+    ]
+    assert all(word in err[0] for word in ("loss", "accuracy", "density", "live", "val"))
+
+
+def test_config_yaml_repeats_the_run(run_folder, tmp_path, capsys):
+    config = run_folder / "config.yaml"
+    assert "holds a run already" in fails(capsys, 1, "train", "--config", config)
+    assert run("train", "--config", config, "--out", tmp_path / "again", "--json") == 0
+    again = json.loads(capsys.readouterr().out)  # stdout holds nothing else
+    summary = json.loads((run_folder / "summary.json").read_text())
+    for name in ("dense", "sparse", "slim"):
+        assert {**again[name], "latency_ms": 0} == {**summary[name], "latency_ms": 0}
+    saved = [
+        yaml.safe_load((folder / "config.yaml").read_text())
+        for folder in (run_folder, tmp_path / "again")
+    ]
+    assert {**saved[0], "out": ""} == {**saved[1], "out": ""}
+
+
+def test_a_terminal_gets_a_bar():
+    row = {"epoch": 1, "train_loss": 0.5, "train_accuracy": 0.75, "val_accuracy": 0.5}
+    row |= {"density": 0.125, "live_channels": 48, "seconds": 1.0}
+    for width in (80, 120):
+        screen = io.StringIO()
+        bar = Bar(Console(file=screen, force_terminal=True, width=width, color_system=None))
+        bar.ended()  # nothing was started: nothing to end
+        bar.started("sparse", 3, 10, 0)
+        bar.stepped(0, 4, lambda: {"loss": 0.9, "accuracy": 0.5, **row})
+        bar.epoch_ended(row)
+        bar.ended()
+        lines = screen.getvalue()
+        assert "sparse 1/3" in lines
+        assert "loss 0.500  accuracy 75.0%  val 50.0%  density 0.125  live 48" in lines
+
+
+class Interrupting:
+    """A watcher that presses Ctrl-C in the second epoch."""
+
+    def started(self, *_):
+        pass
+
+    def stepped(self, epoch, step, figures):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    def epoch_ended(self, row):
+        pass
+
+    def ended(self):
+        pass
+
+
+@pytest.mark.parametrize("how", ["out", "config", "moved"])
+def test_interrupted_and_resumed(how, run_folder, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_watcher", Interrupting)
+        assert run("train", *TINY, "--out", folder) == 130
+    assert f"gossamer train --resume --out {folder}" in capsys.readouterr().err
+    if how == "moved":
+        folder = folder.rename(tmp_path / "elsewhere")
+    words = ["--out", folder] if how == "out" else ["--config", folder / "config.yaml"]
+    assert run("train", "--resume", "--json", *words) == 0
+    out, err = capsys.readouterr()
+    assert "sparse: resumed after epoch 1 of 2" in err
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert json.loads(out)["slim"]["accuracy"] == summary["slim"]["accuracy"]
+    assert (folder / "summary.json").exists()
+    assert not (tmp_path / "run").exists() or how != "moved"
+
+    assert run("train", "--resume", *words) == 0  # finished: shows it again
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_nothing_to_resume(tmp_path, capsys):
+    error = fails(capsys, 1, "train", "--resume", "--out", tmp_path / "none")
+    assert "there is no run to resume in" in error
+
+
+def test_data_that_is_not_there_or_has_no_labels(tmp_path, capsys):
+    from PIL import Image
+
+    out = tmp_path / "run"
+    error = fails(capsys, 1, "train", "--data", tmp_path / "none", "--out", out)
+    assert f"there is no {tmp_path / 'none'}" in error
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(3):
+        Image.new("RGB", (8, 8)).save(images / f"{index}.png")
+    error = fails(capsys, 1, "train", "--data", images, "--out", out)
+    assert "label" in error
+    assert not out.exists()
+
+
+def test_a_full_disk_is_one_line(tmp_path, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # config.yaml fits, weights do not
+    try:
+        assert run("train", *TINY, "--out", tmp_path / "run") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("gossamer: error: could not write ")
+    assert "sparse.ckpt (File too large)" in error
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == []
