@@ -32,7 +32,7 @@ def interleaved(
 
 
 def ratio(seconds: Mapping[str, list[float]], variant: str, baseline: str) -> tuple[float, float]:
-    """Median over rounds of variant / baseline in the same round, and half the quartile distance."""
+    """Median over rounds of variant / baseline in one round, and half the quartile distance."""
     pairs = zip(seconds[variant], seconds[baseline], strict=True)
     ratios = sorted(one / other for one, other in pairs)
     low, middle, high = statistics.quantiles(ratios, n=4)
@@ -47,4 +47,6 @@ def conditions() -> str:
             names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
         name = f"{len(names)} x {names[0]}"
     load = os.getloadavg()[0]
-    return f"{name}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), load {load:.1f}"
+    return (
+        f"{name}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), load {load:.1f}"
+    )

@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from interleave import conditions, interleaved, ratio
 from torch.nn import functional as F
 
 import gossamer
 from gossamer.ops import kth_largest
 from gossamer.train.models import build_model
+from interleave import conditions, interleaved, ratio
 
 
 def training_step(
@@ -96,7 +96,9 @@ def compare_threshold(rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="*", default=["lenet", "resnet18", "threshold"])

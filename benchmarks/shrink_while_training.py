@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 import torch
-from interleave import conditions
 from torch.nn import functional as F
 
 import gossamer
 from gossamer.train.models import build_model
+from interleave import conditions
 
 BATCH = 32
 SHAPE = (3, 32, 32)

@@ -56,4 +56,6 @@ def test_snippets(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_cards_show_their_differences() -> None:
     for card in (ROOT / "docs" / "methods").glob("*.md"):
-        assert re.search(r"^## Differences.*?^1\. ", card.read_text(), re.DOTALL | re.MULTILINE), card
+        assert re.search(r"^## Differences.*?^1\. ", card.read_text(), re.DOTALL | re.MULTILINE), (
+            card
+        )

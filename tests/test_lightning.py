@@ -178,7 +178,7 @@ def test_checkpoints_that_do_not_fit_are_refused(checkpoint, tmp_path):
     path = checkpoint[0]
     net = Net()
     callback = SparsifyCallback(sparse(net, gossamer.Static(density=0.3)))
-    with pytest.raises(ValueError, match="another method: name is 'Chase' there and 'Static'"):
+    with pytest.raises(ValueError, match="method: name is 'Chase' in it and 'Static' here"):
         trainer(callback).fit(net, Loader(), ckpt_path=path)
 
     net = Net()

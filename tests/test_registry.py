@@ -1,4 +1,4 @@
-"""Every method of the registry has a card, a reference twin where it computes something, and rows."""
+"""Every method of the registry has a card, a reference twin, and rows where users look."""
 
 from __future__ import annotations
 

@@ -12,15 +12,12 @@ __all__ = ["finalize", "sparse_layers"]
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseWeight]:
-    """The SparseWeight of every layer that has one, by layer name."""
-    found = {}
-    for name, module in model.named_modules():
-        parametrized = _parametrized_weight(module)
-        if parametrized is not None:
-            sparse = parametrized[0]
-            assert isinstance(sparse, SparseWeight)
-            found[name] = sparse
-    return found
+    """Every SparseWeight by site name: the layer's, and in recurrent layers the matrix's."""
+    return {
+        f"{name}.{tensor}".removesuffix(".weight").lstrip("."): sparse
+        for name, module in model.named_modules()
+        for tensor, (_, sparse) in _parametrized_weights(module).items()
+    }
 
 
 @torch.no_grad()
@@ -34,27 +31,36 @@ def finalize(model: nn.Module) -> nn.Module:
     copies, and so breaks the original when a copy is baked; this resets `__class__` instead.
     """
     for module in model.modules():
-        parametrized = _parametrized_weight(module)
-        if parametrized is None:
+        found = _parametrized_weights(module)
+        if not found:
             continue
-        sparse = parametrized[0]
-        latent = parametrized.original
-        assert isinstance(sparse, SparseWeight)
-        assert isinstance(latent, nn.Parameter)
-        effective = sparse(latent)
-        latent.data = torch.where(sparse.support(latent), effective, torch.zeros_like(effective))
+        for latent, sparse in found.values():
+            effective = sparse(latent)
+            latent.data = torch.where(
+                sparse.support(latent), effective, torch.zeros_like(effective)
+            )
         del module._modules["parametrizations"]
         module.__class__ = type(module).__bases__[0]
-        module.register_parameter("weight", latent)
-        # Parameters keep the order of a fresh layer: weight, then bias.
-        module._parameters["bias"] = module._parameters.pop("bias", None)
+        # Parameters get the order of a fresh layer: weights, then biases; or layer by layer.
+        latents = {tensor: latent for tensor, (latent, _) in found.items()}
+        parameters = {**latents, **module._parameters}
+        order = module._flat_weights_names if isinstance(module, nn.RNNBase) else parameters
+        module._parameters.clear()
+        for tensor in order:
+            module.register_parameter(tensor, parameters[tensor])
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
     return model
 
 
-def _parametrized_weight(module: nn.Module) -> ParametrizationList | None:
+def _parametrized_weights(module: nn.Module) -> dict[str, tuple[nn.Parameter, SparseWeight]]:
     parametrizations = module._modules.get("parametrizations")
-    if not isinstance(parametrizations, nn.ModuleDict) or "weight" not in parametrizations:
-        return None
-    parametrized = parametrizations["weight"]
-    assert isinstance(parametrized, ParametrizationList)
-    return parametrized if isinstance(parametrized[0], SparseWeight) else None
+    if not isinstance(parametrizations, nn.ModuleDict):
+        return {}
+    found = {}
+    for tensor, parametrized in parametrizations.items():
+        assert isinstance(parametrized, ParametrizationList)
+        if isinstance(parametrized[0], SparseWeight):
+            assert isinstance(parametrized.original, nn.Parameter)
+            found[tensor] = (parametrized.original, parametrized[0])
+    return found

@@ -82,6 +82,8 @@ class ChannelGroup:
 
     def after(self, cuts: Sequence[Cut]) -> ChannelGroup:
         """The group once `cuts` are made together: removed channels gone, positions renumbered."""
+        if not self.slices:
+            return self
         rank = {}
         for cut in cuts:
             rank[cut.layer, cut.axis] = torch.full((cut.width,), -1)
@@ -174,7 +176,10 @@ def _group(graph: Any, root: nn.Module, name: str, names: Mapping[nn.Module, str
         return _locked(name, "the example's output does not depend on it")
     pruner = graph.get_pruner_of_module(root)
     channels = pruner.get_out_channels(root)
-    traced = graph.get_pruning_group(root, pruner.prune_out_channels, list(range(channels)))
+    try:
+        traced = graph.get_pruning_group(root, pruner.prune_out_channels, list(range(channels)))
+    except Exception as error:  # whatever torch_pruning raises, it cannot follow these channels
+        return _locked(name, f"they cannot be followed ({type(error).__name__}: {error})")
     producers: list[Slice] = []
     carriers: list[Slice] = []
     consumers: list[Slice] = []
@@ -191,12 +196,12 @@ def _group(graph: Any, root: nn.Module, name: str, names: Mapping[nn.Module, str
         out = graph.is_out_channel_pruning_fn(item.dep.handler)
         kind = f"{layer} ({type(module).__name__})"
         if isinstance(module, (*_NORMS, *_WEIGHTED)):
-            index = _table(item.idxs, item.root_idxs, channels)
-            if index is None:
-                reason = reason or f"their places in {kind} do not line up"
-                continue
             if isinstance(module, _CONVOLUTIONS) and module.groups > 1 and not is_depthwise(module):
                 reason = reason or f"{kind} is a grouped convolution"
+            index = _table(item.idxs, item.root_idxs, channels)
+            if index is None or int(index.max()) >= _width(module, out):
+                reason = reason or f"their places in {kind} do not line up"
+                continue
             if isinstance(module, _NORMS) or is_depthwise(module):
                 carriers.append(Slice(layer, "out", index))
             elif out:
@@ -210,6 +215,15 @@ def _group(graph: Any, root: nn.Module, name: str, names: Mapping[nn.Module, str
     return ChannelGroup(
         name, channels, tuple(producers), tuple(carriers), tuple(consumers), locked=reason
     )
+
+
+def _width(module: nn.Module, out: bool) -> int:
+    """Width of a layer's weight along its output or input dimension."""
+    if isinstance(module, _NORMS):
+        return module.num_features
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0 if out or is_depthwise(module) else 1]
 
 
 def _table(positions: Sequence[int], roots: Sequence[int], channels: int) -> Tensor | None:

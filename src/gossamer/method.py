@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.allocation import allocate
-from gossamer.site import ChannelPool, Site
+from gossamer.site import ChannelPool, Place, Site
 from gossamer.sparse_weight import SparseWeight
 
 __all__ = [
@@ -76,6 +76,10 @@ class Method(ABC):
     def attach(self, weight: nn.Parameter, count: int, generator: torch.Generator) -> SparseWeight:
         """The SparseWeight of one site: `weight: (out, in, *kernel)`, `count` on the support."""
 
+    def unfit(self, place: Place) -> str | None:
+        """Why the method leaves the weight at `place` dense; None when it can make it sparse."""
+        return None
+
     def validate(self, widths: Mapping[str, int], total_steps: int) -> None:
         """Raise ValueError when the model or the length of the run cannot serve the method.
 
@@ -108,10 +112,11 @@ class Method(ABC):
         sites: Sequence[Site],
         progress: Progress,
         optimizer: torch.optim.Optimizer | None,
-    ) -> None:
+    ) -> bool | None:
         """Bring what follows a schedule (annealing factors, thresholds to reset) to this step.
 
         Called once before training (step 0, no optimizer) and after every step, in `no_grad`.
+        Returns True when the size of a support changed, so that accounts are taken anew.
         """
         return None
 
@@ -122,6 +127,11 @@ class Method(ABC):
     @property
     def needs_graph(self) -> bool:
         """Whether the method works on channel groups, so that the Sparsifier needs an example."""
+        return False
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the matrices of recurrent layers can be sparse, each as a site of its own."""
         return False
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,10 +158,22 @@ def allocate_density(distribution: str, shapes: Sequence[torch.Size], density: f
 
 
 def check_range(
-    method: Method, name: str, low: float, high: float, *, open_low: bool = False
+    method: Method,
+    name: str,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
+    whole: bool = False,
 ) -> None:
-    """Raise ValueError unless hyperparameter `name` lies in [low, high] (or (low, high])."""
+    """Raise an error unless hyperparameter `name` is a number in [low, high] (or (low, high])."""
     value = getattr(method, name)
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(
+            f"{type(method).__name__}: {name}={value!r} is a {type(value).__name__}: give a "
+            f"{'whole number' if whole else 'number'}"
+        )
     if not (low < value if open_low else low <= value) or not value <= high:
         bracket = "(" if open_low else "["
         raise ValueError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,23 @@ from torch.nn.utils import parametrize
 from gossamer.channels import ChannelGroup
 from gossamer.sparse_weight import Masked, SparseWeight
 
-__all__ = ["ChannelPool", "Layer", "Site", "find_layers"]
+__all__ = ["ChannelPool", "Place", "Site", "find_layers", "fill_flat_weights"]
 
-Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _SPARSIFIABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Place(NamedTuple):
+    """A layer and the name of one of its weights."""
+
+    module: nn.Module
+    tensor: str
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer computes with."""
+        weight = getattr(self.module, self.tensor)
+        assert isinstance(weight, Tensor)
+        return weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +40,9 @@ class Site:
     """One sparse weight.
 
     Attributes:
-        name: Of the layer.
+        name: Of the layer; in a recurrent layer of the matrix, such as "lstm.weight_ih_l0".
         module: The layer.
+        tensor: Name of the weight in the layer.
         weight: The latent weight, `(out, in, *kernel)`; the same object for the whole of training.
         sparse: What computes the effective weight from it.
         original_shape: Of the weight, before any cut; budgets refer to it.
@@ -35,6 +50,7 @@ class Site:
 
     name: str
     module: nn.Module
+    tensor: str
     weight: nn.Parameter
     sparse: SparseWeight
     original_shape: torch.Size
@@ -42,9 +58,7 @@ class Site:
     @property
     def effective(self) -> Tensor:
         """The effective weight, as the layer computes with it."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return Place(self.module, self.tensor).weight
 
     @property
     def masked(self) -> Masked:
@@ -107,46 +121,51 @@ class ChannelPool:
 
 
 def find_layers(
-    model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str]
-) -> dict[str, Layer]:
-    """Layers of `model` to make sparse, by name: every linear and convolution layer.
+    model: nn.Module,
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+    recurrent: bool = False,
+) -> dict[str, Place]:
+    """Weights of `model` to make sparse, by site name: every linear and convolution layer's.
 
     Args:
         model: A plain model.
         include: Name patterns (`fnmatch`, such as "layer1.*"); only these. None means all.
         exclude: Name patterns to leave dense.
+        recurrent: Also the matrices of recurrent layers and cells, each a site of its own. In
+            patterns, the layer's name stands for all of them.
 
     Raises:
         ValueError: A pattern that fits no layer, no layer left, a layer that is parametrized
             already, or two layers that share one weight.
     """
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, _SPARSIFIABLE)
-    }
+    layers = dict(_places(model, recurrent))
+    kinds = "linear, convolution or recurrent" if recurrent else "linear or convolution"
     for pattern in (*(include or ()), *exclude):
-        if not fnmatch.filter(layers, pattern):
+        if not any(_matches(name, place, [pattern]) for name, place in layers.items()):
             near = difflib.get_close_matches(pattern, layers, 3) or list(layers)[:5]
             raise ValueError(
-                f"pattern {pattern!r} matches no linear or convolution layer: "
+                f"pattern {pattern!r} matches no {kinds} layer: "
                 f"the model has, for instance, {', '.join(map(repr, near)) or 'none'}"
             )
     chosen = {
-        name: module
-        for name, module in layers.items()
-        if (include is None or _matches(name, include)) and not _matches(name, exclude)
+        name: place
+        for name, place in layers.items()
+        if (include is None or _matches(name, place, include))
+        and not _matches(name, place, exclude)
     }
     if not chosen:
         raise ValueError(
-            f"no layer to make sparse: {type(model).__name__} has {len(layers)} linear and "
-            "convolution layers, and include/exclude leave none of them"
+            f"no layer to make sparse: {type(model).__name__} has {len(layers)} weights of {kinds} "
+            "layers, and include/exclude leave none of them"
         )
-    for name, module in chosen.items():
-        if parametrize.is_parametrized(module):
+    for name, place in chosen.items():
+        if parametrize.is_parametrized(place.module):
             raise ValueError(
                 f"{name} is parametrized already: remove the parametrization "
                 "(finalize(), if Gossamer made it), or exclude the layer"
             )
-        weight = module.weight
+        weight = place.weight
         if isinstance(weight, nn.UninitializedParameter):
             raise ValueError(
                 f"{name} has no weight yet: run the model once on an example before the Sparsifier"
@@ -157,16 +176,55 @@ def find_layers(
     return chosen
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+def fill_flat_weights(module: nn.RNNBase) -> None:
+    """Have a parametrized recurrent layer compute with its effective weights.
+
+    It reads them from a list. PyTorch refreshes the list by evaluating every parametrization up to
+    three times, and leaves the graph of the last forward in it, which no deep copy survives. The
+    class that parametrize has injected fills it for one forward; finalizing takes that class away.
+    """
+    cls: Any = type(module)
+    plain: Any = cls.__bases__[0]
+
+    def fill(self: nn.RNNBase) -> None:
+        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+
+    def clear(self: nn.RNNBase) -> None:
+        self._flat_weights = [None] * len(self._flat_weights_names)
+
+    def forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return plain.forward(self, *args, **kwargs)
+        finally:
+            clear(self)
+
+    cls._update_flat_weights, cls._init_flat_weights, cls.forward = fill, clear, forward
+    clear(module)
 
 
-def _refuse_tied(model: nn.Module, chosen: dict[str, Layer]) -> None:
+def _places(model: nn.Module, recurrent: bool) -> Iterator[tuple[str, Place]]:
+    for name, module in model.named_modules():
+        if isinstance(module, _SPARSIFIABLE):
+            yield name, Place(module, "weight")
+        elif recurrent and isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            cell = ["weight_ih", "weight_hh"]
+            names = module._flat_weights_names if isinstance(module, nn.RNNBase) else cell
+            for tensor in names:
+                if tensor.startswith("weight"):
+                    yield f"{name}.{tensor}".lstrip("."), Place(module, tensor)
+
+
+def _matches(name: str, place: Place, patterns: Iterable[str]) -> bool:
+    names = (name, name.removesuffix(f".{place.tensor}"))
+    return any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns for n in names)
+
+
+def _refuse_tied(model: nn.Module, chosen: dict[str, Place]) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    for layer, module in chosen.items():
-        names = owners[id(module.weight)]
+    for layer, place in chosen.items():
+        names = owners[id(place.weight)]
         if len(names) > 1:
             raise ValueError(
                 f"{' and '.join(names)} are one tied weight: a mask on one would not reach the "

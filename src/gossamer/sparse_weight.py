@@ -7,6 +7,8 @@ thresholds are ordinary parameters and its masks ordinary buffers, so optimizers
 
 from __future__ import annotations
 
+import math
+import weakref
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -14,7 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-__all__ = ["Masked", "SparseWeight", "threshold_shape"]
+from gossamer.ops import n_of_m, straight_through
+from gossamer.surrogates import soft_threshold
+
+__all__ = ["Masked", "NOfM", "SoftThreshold", "SparseWeight", "threshold_shape"]
 
 
 class SparseWeight(nn.Module, ABC):
@@ -77,10 +82,14 @@ class Masked(SparseWeight):
         self.kept_zero = False
         self.wants_dense_gradient = False
         self.dense_gradient: Tensor | None = None
+        self._masked_gradient: tuple[weakref.ref[Tensor], int] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
-        """`weight` itself while it is kept zero off the support, else `weight * mask`."""
-        return weight if self.kept_zero else weight * self.mask
+        """`weight` itself while it is kept zero off the support, else `weight * mask`.
+
+        In eval mode always the latter: the weights may be an average that was swapped in.
+        """
+        return weight if self.kept_zero and self.training else weight * self.mask
 
     def support(self, weight: Tensor) -> Tensor:
         """Where the mask is 1; an averaged mask (EMA of buffers) counts from one half up."""
@@ -114,6 +123,15 @@ class Masked(SparseWeight):
                     self.mask > 0.5, weight.grad, self.dense_gradient + weight.grad
                 )
         weight.grad.mul_(self.mask)
+        self._masked_gradient = weakref.ref(weight.grad), weight.grad._version
+
+    def gradient_changed(self, weight: Tensor) -> bool:
+        """Whether `weight.grad` is not, or no longer, what `mask_gradient` left."""
+        gradient = weight.grad
+        if gradient is None or self._masked_gradient is None:
+            return gradient is not None
+        masked, version = self._masked_gradient
+        return masked() is not gradient or gradient._version != version
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Masked:
         """A copy multiplies by its mask, since no Sparsifier keeps its latent weight zero."""
@@ -131,3 +149,96 @@ def zero_after_load(parametrized: ParametrizationList, _: object) -> None:
     if isinstance(sparse, Masked) and sparse.kept_zero:
         with torch.no_grad():
             parametrized.original.mul_(sparse.mask)
+
+
+class NOfM(SparseWeight):
+    """Effective weight = latent weight where it is among the `n` largest of its `m`; the gradient
+    goes straight through to all of the latent weight.
+
+    The mask of a forward pass depends on the last optimizer step alone, so a method computes it
+    once per step (`refresh`) and not in every forward pass. A copy of the module (an EMA copy, say)
+    is refreshed by nobody, and computes its mask from its own weight each time.
+
+    Attributes:
+        mask: `(out, in, *kernel)` 0 or 1, in the weight's dtype and memory format.
+        lam: 0-d; how strongly the method draws pruned weights to zero at this step.
+    """
+
+    mask: Tensor
+    lam: Tensor
+
+    def __init__(self, weight: Tensor, n: int, m: int, *, dense_tail: bool = False) -> None:
+        super().__init__()
+        self.n, self.m, self.dense_tail = n, m, dense_tail
+        self.register_buffer("mask", torch.ones_like(weight, requires_grad=False))
+        self.register_buffer("lam", weight.new_zeros((), requires_grad=False))
+        self.kept_fresh = False
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """`weight * mask`, straight through."""
+        return straight_through(weight, self.mask if self.kept_fresh else self._pattern(weight))
+
+    def support(self, weight: Tensor) -> Tensor:
+        """Where the mask is 1."""
+        return self.mask > 0.5 if self.kept_fresh else self._pattern(weight)
+
+    def refresh(self, weight: Tensor) -> None:
+        """Take the mask from the latent weight as it is now."""
+        n_of_m(weight, self.n, self.m, dense_tail=self.dense_tail, out=self.mask)
+        self.kept_fresh = True
+
+    def open(self) -> None:
+        """Prune nothing until the next refresh."""
+        self.mask.fill_(1)
+        self.kept_fresh = True
+
+    def _pattern(self, weight: Tensor) -> Tensor:
+        return n_of_m(weight, self.n, self.m, dense_tail=self.dense_tail)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NOfM:
+        """A copy computes its own masks, since nobody refreshes it."""
+        copy = NOfM(self.mask, self.n, self.m, dense_tail=self.dense_tail)
+        memo[id(self)] = copy
+        copy.mask.copy_(self.mask)
+        copy.lam.copy_(self.lam)
+        copy.train(self.training)
+        return copy
+
+
+class SoftThreshold(SparseWeight):
+    """Effective weight = `sign(W) * relu(|W| - sigmoid(s))`, its threshold learned.
+
+    Attributes:
+        s: Raw thresholds, `(1, 1, ...)` or `(out, 1, ...)`.
+        alpha: 0-d; share of the gradient that weights below their threshold get.
+        cut: 0-d; weights whose distance `|W| - sigmoid(s)` lies below it get none. Used only if
+            `backward_sparse`, which a module keeps for life: it decides what is compiled.
+    """
+
+    alpha: Tensor
+    cut: Tensor
+
+    def __init__(
+        self, weight: Tensor, granularity: str, s_init: float, *, backward_sparse: bool = False
+    ) -> None:
+        super().__init__()
+        self.s = nn.Parameter(weight.new_full(threshold_shape(weight, granularity), s_init))
+        self.register_buffer("alpha", weight.new_zeros(()))
+        self.backward_sparse = backward_sparse
+        if backward_sparse:
+            self.register_buffer("cut", weight.new_full((), -math.inf))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """`weight`, nearer to zero by its threshold, and zero within it."""
+        return soft_threshold(
+            weight, self.s, self.alpha, self.cut if self.backward_sparse else None
+        )
+
+    def support(self, weight: Tensor) -> Tensor:
+        """Where the magnitude is above the threshold."""
+        return weight.abs() > self.threshold
+
+    @property
+    def threshold(self) -> Tensor:
+        """`sigmoid(s)`, of the shape of `s`."""
+        return self.s.sigmoid()

@@ -4,6 +4,7 @@ and the plan of what was cut; masks and thresholds live in the model.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -16,17 +17,18 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from gossamer import bake
-from gossamer.channels import ChannelGroup, Cut, find_groups
+from gossamer.channels import Axis, ChannelGroup, Cut, find_groups
 from gossamer.example import Example, first_samples, map_tensors
 from gossamer.method import Method, Progress, SupportChange
 from gossamer.shrink.plan import Plan
 from gossamer.shrink.verify import cut_verified, try_cuts
-from gossamer.site import ChannelPool, Layer, Site, find_layers
+from gossamer.site import ChannelPool, Place, Site, fill_flat_weights, find_layers
 from gossamer.sparse_weight import Masked, zero_after_load
 
 __all__ = ["Sparsifier"]
 
 _STATE_FORMAT = 1
+_AXES: tuple[Axis, ...] = ("out", "in")  # of a weight, in the order of its dimensions
 
 # These update every element from its own gradient and state alone: where weight, gradient and
 # state are zero they stay zero. After any other optimizer the masks are applied again.
@@ -68,6 +70,7 @@ class Sparsifier:
         sites: The sparse weights.
         pools: The channel groups that may lose channels.
         locked: Channels of which layers stay, with the reason.
+        left_dense: Layers that the method cannot make sparse, with the reason.
         plan: What has been cut so far.
         revision: Grows by one whenever supports or widths change.
 
@@ -99,8 +102,9 @@ class Sparsifier:
                 'cut="during" changes shapes that DistributedDataParallel has fixed: with several '
                 'processes train with cut="end" and call gossamer.shrink after finalize()'
             )
-        layers = find_layers(model, include, exclude)
-        shapes = [module.weight.shape for module in layers.values()]
+        found = find_layers(model, include, exclude, method.recurrent)
+        layers, self.left_dense = _fitting(method, found, include)
+        shapes = [place.weight.shape for place in layers.values()]
         counts = method.budget(shapes)
         if example is not None:
             example = _on_device(example, model)
@@ -118,13 +122,14 @@ class Sparsifier:
         self._example = None if example is None else first_samples(example, 2)
         self._postponed = False
         self._wants_dense_grad = False
+        self._finalized = False
         self._checked: torch.optim.Optimizer | None = None
         self._handles: list[RemovableHandle] = []
 
         generators = [self._generator(f"start/{name}") for name in layers]
         self.sites = [
-            _attach(name, module, method, count, generator)
-            for (name, module), count, generator in zip(
+            _attach(name, place, method, count, generator)
+            for (name, place), count, generator in zip(
                 layers.items(), counts, generators, strict=True
             )
         ]
@@ -166,6 +171,8 @@ class Sparsifier:
         Raises:
             ValueError: No gradient reached a sparse weight, or the optimizer lacks a parameter.
         """
+        if self._finalized:
+            raise ValueError("step() after finalize(): the model is plain and no longer masked")
         if optimizer is not self._checked:
             self._check_optimizer(optimizer)
         if all(site.weight.grad is None for site in self.sites):
@@ -175,10 +182,10 @@ class Sparsifier:
             )
         self.step_count += 1
         progress = Progress(self.step_count, self.total_steps)
-        if type(optimizer) not in _ELEMENTWISE:
+        if type(optimizer) not in _ELEMENTWISE or self._gradients_changed():
             self._zero_off_support(optimizer)
 
-        removed = self._remove_channels(progress, optimizer)
+        removed = self._remove_channels(progress)
         changes = self._update(progress)
         if changes is not None:
             self._apply(changes, optimizer)
@@ -187,7 +194,10 @@ class Sparsifier:
             self.revision += 1
         if removed and self._cut == "during":
             self._cut_dead_channels(optimizer)
-        self.method.advance(self.sites, progress, optimizer)
+        if self._cut == "end" or any(pool.name in self.locked for pool in self.pools):
+            self._zero_dead_biases(optimizer)
+        if self.method.advance(self.sites, progress, optimizer):
+            self.revision += 1
         self._announce()
 
     def finalize(self) -> nn.Module:
@@ -198,6 +208,7 @@ class Sparsifier:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._finalized = True
         return bake.finalize(self.model)
 
     # ------------------------------------------------------------------ what it looks like
@@ -208,6 +219,21 @@ class Sparsifier:
         return sum(site.nonzeros for site in self.sites) / sum(
             site.original_numel for site in self.sites
         )
+
+    def supports(self) -> dict[str, Tensor]:
+        """Bool support of every site in its original shape; what was cut is off it."""
+        found = {}
+        for site in self.sites:
+            support = site.support
+            for dim, axis in enumerate(_AXES):
+                kept = self.plan.kept(site.name, axis)
+                if kept is not None:
+                    shape = (*site.original_shape[: dim + 1], *support.shape[dim + 1 :])
+                    support = support.new_zeros(shape).index_copy_(
+                        dim, kept.to(support.device), support
+                    )
+            found[site.name] = support
+        return found
 
     @property
     def live_channels(self) -> int:
@@ -248,21 +274,23 @@ class Sparsifier:
             ValueError: The state is of another method, other hyperparameters or another model.
         """
         expected = self.state_dict()
-        for key in ("format", "method", "total_steps", "seed", "cut", "shapes"):
+        for key in expected:
             if key not in state:
                 raise ValueError(
                     f"this is not a Sparsifier's state: {key!r} is missing. Pass what "
                     "Sparsifier.state_dict() returned"
                 )
+        for key in ("format", "method", "total_steps", "seed", "cut", "shapes"):
             if state[key] != expected[key]:
                 raise ValueError(
-                    f"the checkpoint has another {_difference(key, state[key], expected[key])}: "
+                    f"the checkpoint does not fit: {_difference(key, state[key], expected[key])}; "
                     "resume with the settings of the interrupted run"
                 )
         if len(self.plan) or self.step_count:
             raise ValueError("load_state_dict() needs a fresh Sparsifier, before its first step")
         plan = Plan.from_dict(state["plan"])
-        self._follow(plan.apply(self.model, optimizer))
+        plan.apply(self.model, optimizer)
+        self._follow(plan.cuts)
         self.step_count = int(state["step"])
         self._postponed = bool(state["postponed"])
         self.revision += 1
@@ -296,6 +324,10 @@ class Sparsifier:
                 site.masked.wants_dense_gradient = wanted
                 site.masked.dense_gradient = None
         self._wants_dense_grad = wanted
+
+    def _gradients_changed(self) -> bool:
+        """Whether somebody wrote to a gradient after its mask: clipping, noise, unscaling."""
+        return any(site.masked.gradient_changed(site.weight) for site in self._masked_sites())
 
     def _masked_sites(self) -> list[Site]:
         return [site for site in self.sites if isinstance(site.sparse, Masked)]
@@ -332,7 +364,7 @@ class Sparsifier:
                 _multiply(site.weight, site.masked.mask, optimizer)
             site.masked.kept_zero = True
 
-    def _remove_channels(self, progress: Progress, optimizer: torch.optim.Optimizer) -> bool:
+    def _remove_channels(self, progress: Progress) -> bool:
         removals = self.method.removals(self.pools, progress)
         if removals is None or not any(len(channels) for channels in removals):
             return False
@@ -343,12 +375,15 @@ class Sparsifier:
                     live = site.masked.live_out if part.axis == "out" else site.masked.live_in
                     live.view(-1)[part.index[channels.cpu()].flatten().to(live.device)] = False
                     site.masked.mask.mul_(site.masked.live)
-            # A removed channel computes nothing at all: its producer's bias goes as well.
+        return True
+
+    def _zero_dead_biases(self, optimizer: torch.optim.Optimizer) -> None:
+        """A removed channel that is still there computes nothing at all."""
+        for pool in self.pools:
             bias = pool.producer.module.bias
             if isinstance(bias, nn.Parameter):
                 live = pool.producer.masked.live_out.flatten()
                 _multiply(bias, live.to(bias.dtype), optimizer)
-        return True
 
     def _cut_dead_channels(self, optimizer: torch.optim.Optimizer) -> None:
         assert self._example is not None
@@ -382,23 +417,40 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def _fitting(
+    method: Method, layers: Mapping[str, Place], include: Sequence[str] | None
+) -> tuple[dict[str, Place], dict[str, str]]:
+    """The layers that the method can make sparse, and why it leaves the others dense."""
+    reasons = {name: reason for name, place in layers.items() if (reason := method.unfit(place))}
+    asked = [name for name in reasons if name in (include or ())]  # by name, not by a pattern
+    if asked:
+        raise ValueError(f"{asked[0]} {reasons[asked[0]]}: leave it out of include")
+    if len(reasons) == len(layers):
+        listed = "; ".join(f"{name} {reason}" for name, reason in list(reasons.items())[:3])
+        raise ValueError(f"{type(method).__name__} fits no layer of the model: {listed}")
+    return {name: place for name, place in layers.items() if name not in reasons}, reasons
+
+
 def _attach(
-    name: str, module: Layer, method: Method, count: int, generator: torch.Generator
+    name: str, place: Place, method: Method, count: int, generator: torch.Generator
 ) -> Site:
-    weight = module.weight
+    module, tensor = place
+    weight = place.weight
     assert isinstance(weight, nn.Parameter)
     sparse = method.attach(weight, count, generator)
-    parametrize.register_parametrization(module, "weight", sparse)
-    parametrized = module.parametrizations.weight  # type: ignore[union-attr]
+    parametrize.register_parametrization(module, tensor, sparse)
+    parametrized = module.parametrizations[tensor]  # type: ignore[index]
     assert isinstance(parametrized, parametrize.ParametrizationList)
     parametrized.register_load_state_dict_post_hook(zero_after_load)  # type: ignore[no-untyped-call]
-    return Site(name, module, weight, sparse, weight.shape)
+    if isinstance(module, nn.RNNBase):
+        fill_flat_weights(module)
+    return Site(name, module, tensor, weight, sparse, weight.shape)
 
 
 def _eligible(
     model: nn.Module,
     method: Method,
-    layers: Mapping[str, Layer],
+    layers: Mapping[str, Place],
     example: Example | None,
     keep_channels: Sequence[str],
 ) -> tuple[list[ChannelGroup], dict[str, str]]:
@@ -411,7 +463,15 @@ def _eligible(
             "pass example=<an input of the model>"
         )
     eligible, locked = [], {}
-    for group in find_groups(model, example):
+    groups = find_groups(model, example)
+    for pattern in keep_channels:
+        if not fnmatch.filter([group.name for group in groups], pattern):
+            near = difflib.get_close_matches(pattern, [group.name for group in groups], 3)
+            raise ValueError(
+                f"keep_channels pattern {pattern!r} matches no layer that has channels"
+                f"{': did you mean ' + ' or '.join(map(repr, near)) + '?' if near else ''}"
+            )
+    for group in groups:
         dense = [p.layer for p in (*group.producers, *group.consumers) if p.layer not in layers]
         if group.locked:
             locked[group.name] = group.locked
@@ -425,7 +485,18 @@ def _eligible(
             eligible.append(group)
     refused = try_cuts(model, eligible, first_samples(example, 2))
     locked.update(refused)
-    return [group for group in eligible if group.name not in refused], locked
+    eligible = [group for group in eligible if group.name not in refused]
+    if not eligible:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in locked.items())
+        raise ValueError(
+            f"{_settings(method)}, but no layer of the model may lose channels: {listed}"
+        )
+    return eligible, locked
+
+
+def _settings(method: Method) -> str:
+    shown = ", ".join(f"{k}={v!r}" for k, v in method.to_dict().items() if "sparsity" in k)
+    return f"{type(method).__name__}({shown})"
 
 
 @torch.no_grad()
@@ -445,5 +516,5 @@ def _difference(key: str, got: Any, wanted: Any) -> str:
     if isinstance(got, dict) and isinstance(wanted, dict):
         for name in (*wanted, *got):
             if got.get(name) != wanted.get(name):
-                return f"{key}: {name} is {got.get(name)!r} there and {wanted.get(name)!r} here"
-    return f"{key}: {got!r} there and {wanted!r} here"
+                return f"{key}: {name} is {got.get(name)!r} in it and {wanted.get(name)!r} here"
+    return f"{key} is {got!r} in it and {wanted!r} here"

@@ -418,7 +418,7 @@ def test_checkpoints_of_other_runs_are_named(halted, finished, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(other, gossamer.Static(), watcher=Watching("sparse", 1, 1))
     path.write_bytes((tmp_path / "static" / "checkpoints" / "sparse.ckpt").read_bytes())
-    with pytest.raises(ValueError, match=r"method: name is .Static. there"):
+    with pytest.raises(ValueError, match=r"method: name is .Static. in it"):
         train(config, chase(), resume=True)
 
     wide = tiny(tmp_path / "wide", width=0.5)

@@ -111,9 +111,9 @@ class Chase(Method):
             )
         for name in ("update_interval", "channel_interval"):
             if getattr(self, name) is not None:
-                check_range(self, name, 1, math.inf)
-        check_range(self, "min_channels", 1, math.inf)
-        check_range(self, "channel_multiple", 1, math.inf)
+                check_range(self, name, 1, math.inf, whole=True)
+        check_range(self, "min_channels", 1, math.inf, whole=True)
+        check_range(self, "channel_multiple", 1, math.inf, whole=True)
         if not 0 <= self.channel_sparsity < 1:
             raise ValueError(
                 f"Chase: channel_sparsity={self.channel_sparsity} leaves no channels or adds some: "
@@ -162,10 +162,12 @@ class Chase(Method):
             )
         if not self.needs_graph:
             return
-        if not widths:
+        start, end = self._channel_window(total_steps)
+        if self.channel_interval is not None and self.channel_interval > end - start:
             raise ValueError(
-                f"Chase: channel_sparsity={self.channel_sparsity}, but no layer of the model "
-                "may lose channels: Sparsifier.locked says why for each; give 0 to remove none"
+                f"Chase: channel_interval={self.channel_interval} is longer than the "
+                f"{end - start} steps in which channels are removed, and would take all of them at "
+                "once at the end: give a smaller one"
             )
         total = sum(widths.values())
         target = round((1 - self.channel_sparsity) * total)

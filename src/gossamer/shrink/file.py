@@ -45,7 +45,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     plan = read_plan(path)
     tensors = safetensors.torch.load_file(path)
-    plan.apply(model)
+    widen = plan.apply(model)
     expected = model.state_dict()
     missing = sorted(expected.keys() - tensors.keys())
     extra = sorted(tensors.keys() - expected.keys())
@@ -55,6 +55,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         if name in tensors and tensors[name].shape != expected[name].shape
     ]
     if missing or extra or wrong:
+        widen()
         raise ValueError(
             f"{path} was made from another model: missing {missing[:3]}, unknown {extra[:3]}, "
             f"other shapes {wrong[:3]}; build the model with the arguments it was trained with"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.channels import Axis, Cut
-from gossamer.shrink.slice import apply_cuts, axis_size
+from gossamer.shrink.slice import Undo, apply_cuts, axis_size
 
 __all__ = ["Plan"]
 
@@ -35,9 +35,13 @@ class Plan:
 
     def __eq__(self, other: object) -> bool:
         """Plans are equal when they keep the same positions."""
-        return isinstance(other, Plan) and self.to_dict() == other.to_dict()
+        return isinstance(other, Plan) and self._sorted() == other._sorted()
 
     __hash__ = None  # type: ignore[assignment]
+
+    def _sorted(self) -> list[tuple[str, str, int, list[int]]]:
+        rows = ((*key, self._full[key], keep.tolist()) for key, keep in self._kept.items())
+        return sorted(rows)
 
     def kept(self, layer: str, axis: Axis) -> Tensor | None:
         """Positions of the full network that `layer` kept along `axis`; None when all."""
@@ -59,8 +63,8 @@ class Plan:
             for (layer, axis), keep in self._kept.items()
         ]
 
-    def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[Cut]:
-        """Cut a full-width `model` in place to the widths of this plan; returns the cuts made.
+    def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Undo:
+        """Cut a full-width `model` in place to the widths of this plan; returns what undoes it.
 
         Raises:
             ValueError: The model lacks a layer of the plan or has another width; names it.
@@ -78,8 +82,7 @@ class Plan:
                     f"{cut.layer} has {size} {cut.axis}put channels, the plan was made for "
                     f"{cut.width}: build the full-width model the training started from"
                 )
-        apply_cuts(model, self.cuts, optimizer)
-        return self.cuts
+        return apply_cuts(model, self.cuts, optimizer)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -109,6 +112,8 @@ class Plan:
                 if row["axis"] not in ("out", "in") or not isinstance(full, int):
                     raise ValueError(f"axis {row['axis']!r} of {full!r}")
                 ascending = all(a < b for a, b in pairwise(kept))
+                if not all(type(position) is int for position in kept):
+                    raise ValueError(f"kept positions of {key[0]!r} are not whole numbers")
                 if not kept or not ascending or kept[0] < 0 or kept[-1] >= full:
                     raise ValueError(
                         f"kept positions of {key[0]!r} are not ascending in [0, {full})"

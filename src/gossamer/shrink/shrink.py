@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from gossamer.channels import ChannelGroup, find_groups
 from gossamer.example import Example, first_samples
 from gossamer.shrink.plan import Plan
-from gossamer.shrink.verify import cut_verified, max_difference, outputs
+from gossamer.shrink.verify import cut_verified, max_difference, outputs, try_cuts
 
 __all__ = ["GroupReport", "Shrunk", "shrink", "unread"]
 
@@ -88,6 +88,7 @@ def shrink(model: nn.Module, example: Example, plan: Plan | None = None) -> Shru
     before = {group.name: group.channels for group in groups}
     notes = {group.name: group.locked for group in groups if group.locked}
     sample = first_samples(example, 2)
+    notes |= try_cuts(model, [group for group in groups if not group.locked], sample)
     while True:
         dead = [(g, _removable(slim, g)) for g in groups if g.name not in notes]
         made = cut_verified(slim, dead, sample)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.channels import ChannelGroup, Cut
-from gossamer.example import Example, evaluating, run
+from gossamer.example import Example, evaluating, map_tensors, run
 from gossamer.shrink.slice import apply_cuts, cuts_for
 
 __all__ = ["Verified", "cut_verified", "max_difference", "outputs", "try_cuts"]
@@ -20,8 +20,13 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, to
 
 def outputs(model: nn.Module, example: Example) -> list[Tensor]:
     """All tensors of the model's output on `example`, in eval mode, without autocast."""
+    with evaluating(model):
+        return _run(model, example)
+
+
+def _run(model: nn.Module, example: Example) -> list[Tensor]:
     device = next(model.parameters()).device.type
-    with evaluating(model), torch.inference_mode(), torch.autocast(device, enabled=False):
+    with torch.no_grad(), torch.autocast(device, enabled=False):
         return list(_tensors(run(model, example)))
 
 
@@ -37,9 +42,9 @@ def max_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     return worst
 
 
-def _tolerance(values: Sequence[Tensor]) -> float:
-    """Difference that reordered sums may cause: relative to the largest output, at least to 1."""
-    scale = max([1.0, *(float(value.abs().max()) for value in values if value.numel())])
+def _tolerance(values: Sequence[Tensor], least_scale: float) -> float:
+    """Difference that reordered sums may cause, relative to the largest output."""
+    scale = max([least_scale, *(float(value.abs().max()) for value in values if value.numel())])
     return scale * max((_TOLERANCE.get(value.dtype, 0.0) for value in values), default=0.0)
 
 
@@ -55,14 +60,16 @@ def cut_verified(
     removals: Sequence[tuple[ChannelGroup, Tensor]],
     example: Example,
     optimizer: torch.optim.Optimizer | None = None,
+    least_scale: float = 1.0,
 ) -> Verified:
     """Remove channels in place, where that leaves the outputs on `example` as they were.
 
     All groups are cut at once; only when outputs differ is each tried by itself, and taken back if
-    it is to blame.
+    it is to blame. Differences count relative to the largest output, and at least to
+    `least_scale`.
     """
     before = outputs(model, example)
-    limit = _tolerance(before)
+    limit = _tolerance(before, least_scale)
 
     def attempt(chosen: Sequence[tuple[ChannelGroup, Tensor]]) -> tuple[list[Cut], str]:
         cuts = cuts_for(model, chosen)
@@ -100,14 +107,21 @@ def cut_verified(
 
 
 def try_cuts(model: nn.Module, groups: Sequence[ChannelGroup], example: Example) -> dict[str, str]:
-    """Cut half of every group's channels on a copy; which groups cannot be cut exactly, and why.
+    """Cut half of every group's channels on copies; which groups cannot be cut exactly, and why.
 
-    The channels are made dead first the way a method does it: no consumer reads them.
+    The channels are made dead first the way a method does it: no consumer reads them. The copies
+    compute in float64, so that no rounding passes for a difference, and have noise on their
+    parameters, so that no zero or tiny weight hides one. Outputs are compared in eval mode, and in
+    train mode too unless that is random by itself (dropout).
     """
-    trial = copy.deepcopy(model)
+    trial, sample = _in_double(model, example)
     generator = torch.Generator().manual_seed(0)
     removals = []
     with torch.no_grad():
+        for parameter in trial.parameters():
+            if parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.add_(noise / max(1, parameter[:1].numel()) ** 0.5, alpha=0.5)
         for group in groups:
             gone = torch.randperm(group.channels, generator=generator)[: group.channels // 2]
             for part in group.consumers:
@@ -115,7 +129,44 @@ def try_cuts(model: nn.Module, groups: Sequence[ChannelGroup], example: Example)
                 assert isinstance(weight, Tensor)
                 weight[:, part.index[gone].flatten().to(weight.device)] = 0
             removals.append((group, gone.sort().values))
-    return cut_verified(trial, removals, example).refused
+    masked = copy.deepcopy(trial)
+    refused = cut_verified(trial, removals, sample, least_scale=0.0).refused
+    whole = [(group, gone) for group, gone in removals if group.name not in refused and len(gone)]
+    if whole and _differs_in_training(masked, whole, sample):
+        for group, gone in whole:
+            if _differs_in_training(masked, [(group, gone)], sample):
+                refused[group.name] = "cutting them changes what the model computes in training"
+    return refused
+
+
+def _in_double(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
+    """A copy in float64 with its example; as it is where the model computes in nothing else."""
+    trial = copy.deepcopy(model).double()
+    sample = map_tensors(example, lambda t: t.double() if t.is_floating_point() else t)
+    try:
+        outputs(trial, sample)
+    except Exception:  # a cast inside the model, or a device without float64
+        return copy.deepcopy(model), example
+    return trial, sample
+
+
+def _differs_in_training(
+    model: nn.Module, removals: Sequence[tuple[ChannelGroup, Tensor]], example: Example
+) -> bool:
+    """Whether the cut shows in train mode; False where two runs of one model differ already."""
+    first, second, slim = (copy.deepcopy(model).train() for _ in range(3))
+    apply_cuts(slim, cuts_for(slim, removals))
+    try:
+        before = _run(first, example)
+        if max_difference(before, _run(second, example)) > 0:
+            return False
+    except Exception:  # it cannot be run in train mode on so few samples: nothing to compare
+        return False
+    try:
+        # Norms over few samples amplify rounding far beyond that of eval mode.
+        return max_difference(before, _run(slim, example)) > 1e3 * _tolerance(before, 1.0)
+    except Exception:  # whatever the model raises on a wrong width says the same
+        return True
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
