@@ -183,7 +183,7 @@ def test_checkpoints_that_do_not_fit_are_refused(checkpoint, tmp_path):
 
     net = Net()
     callback = SparsifyCallback(sparse(net, chase(density=0.2)))
-    with pytest.raises(ValueError, match=r"density is 0.3 there and 0.2 here"):
+    with pytest.raises(ValueError, match=r"density is 0.3 in it and 0.2 here"):
         trainer(callback).fit(net, Loader(), ckpt_path=path)
 
     dense = Net()

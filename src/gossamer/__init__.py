@@ -3,6 +3,8 @@
 from gossamer.bake import finalize
 from gossamer.method import Cost, Method, Progress, SupportChange
 from gossamer.methods.chase import Chase
+from gossamer.methods.dst import DST
+from gossamer.methods.srste import SRSTE
 from gossamer.methods.static import Static
 from gossamer.shrink.file import load, save
 from gossamer.shrink.plan import Plan
@@ -14,10 +16,12 @@ from gossamer.sparsifier import Sparsifier
 __all__ = [
     "Chase",
     "Cost",
+    "DST",
     "Masked",
     "Method",
     "Plan",
     "Progress",
+    "SRSTE",
     "Shrunk",
     "Site",
     "SparseWeight",

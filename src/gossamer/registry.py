@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from gossamer.method import Method
 from gossamer.methods.chase import Chase
+from gossamer.methods.dst import DST
+from gossamer.methods.srste import SRSTE
 from gossamer.methods.static import Static
 
 __all__ = ["METHODS", "MethodInfo", "method_info"]
@@ -37,6 +39,20 @@ METHODS: dict[str, MethodInfo] = {
             "dynamic sparse training that turns into removed channels while it trains",
             "Yin et al., Dynamic Sparsity Is Channel-Level Sparsity Learner, NeurIPS 2023, "
             "arXiv 2305.19454",
+        ),
+        MethodInfo(
+            "dst",
+            DST,
+            "trainable thresholds: starts dense, and training finds each layer's density",
+            "Liu et al., Dynamic Sparse Training: Find Efficient Sparse Network From Scratch With "
+            "Trainable Masked Layers, ICLR 2020, arXiv 2005.06870",
+        ),
+        MethodInfo(
+            "srste",
+            SRSTE,
+            "N of every M consecutive weights, from scratch; 2:4 runs on sparse tensor cores",
+            "Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From "
+            "Scratch, ICLR 2021, arXiv 2102.04010",
         ),
     )
 }

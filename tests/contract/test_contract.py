@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from gossamer import Chase, Static
+from gossamer import DST, SRSTE, Chase, Static
 from gossamer.method import Method
 from gossamer.ops import random_mask
 from gossamer.sparse_weight import Masked
@@ -20,6 +20,12 @@ METHODS = {
     "chase-unstructured": Chase(density=0.2, channel_sparsity=0.0),
     "chase-layer": Chase(density=0.2, channel_sparsity=0.4, scope="layer", grow="random"),
     "chase-multiple": Chase(density=0.2, channel_sparsity=0.5, channel_multiple=8),
+    "srste": SRSTE(lam=1e-2),
+    "srste-8": SRSTE(n=1, m=8, lam=0.5, mode="decoupled", remainder="dense", refresh_interval=3),
+    "srste-annealed": SRSTE(lam=0.1, dense_until=0.3, anneal_until=0.6, remainder="pad"),
+    "dst": DST(alpha=2e-3),
+    "dst-layer": DST(alpha=0.1, granularity="layer", clamp=True),
+    "dst-weight": DST(alpha=1e-3, granularity="weight", reset_below=0.2),
 }
 
 

@@ -1,0 +1,143 @@
+"""DST: dynamic sparse training with trainable thresholds.
+
+J. Liu, Z. Xu, R. Shi, R. C. C. Cheung, H. K. H. So, "Dynamic Sparse Training: Find Efficient Sparse
+Network From Scratch With Trainable Masked Layers", ICLR 2020, arXiv 2005.06870.
+
+    W_eff = W * S(|W| - t),   S(q) = 1 if q > 0 else 0
+    loss  = task + alpha sum_layers sum_i exp(-t_i)
+    dS/dq is replaced by H(q) = 2 - 4 |q| up to 0.4, 0.4 up to 1, 0 beyond   (`surrogates`)
+    a layer that keeps less than 1 % of its weights starts again at t = 0
+
+Symbols: W -> latent weight, t_i -> `threshold`, one per row (neuron, filter, unit of a gate),
+alpha -> `alpha`, 1 % -> `reset_below`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.method import Cost, Method, Progress, check_choice, check_range
+from gossamer.site import Place, Site
+from gossamer.sparse_weight import SparseWeight, threshold_shape
+from gossamer.surrogates import long_tailed_step
+
+__all__ = ["DST", "Thresholded", "threshold_penalty"]
+
+GRANULARITIES = ("row", "layer", "weight")
+
+# Below this exp(-t) goes on as its tangent. Task gradients end at t = -1, so no run that learns
+# comes here; one that was thrown here is drawn back, not to 1e15 in a step, and nothing overflows.
+_TANGENT_BELOW = -10.0
+
+# Supports change at every step; counting them each time would cost more than the counts are worth.
+_ACCOUNTS_PER_RUN = 1000
+
+
+def threshold_penalty(threshold: Tensor) -> Tensor:
+    """R(t) = sum exp(-t), 0-d; the tangent at -10 for thresholds below."""
+    bounded = threshold.clamp(min=_TANGENT_BELOW)
+    return (torch.exp(-bounded) * (1 + (bounded - threshold))).sum()
+
+
+class Thresholded(SparseWeight):
+    """Effective weight = latent weight where its magnitude exceeds a trainable threshold.
+
+    The latent weight lives on below the threshold, and may come back.
+
+    Attributes:
+        threshold: `(out, 1, ...)`, `(1, 1, ...)` or the weight's shape; starts at 0.
+    """
+
+    def __init__(self, weight: Tensor, granularity: str) -> None:
+        super().__init__()
+        self.threshold = nn.Parameter(weight.new_zeros(threshold_shape(weight, granularity)))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """`weight * S(|weight| - threshold)`."""
+        return long_tailed_step(weight, self.threshold)
+
+    def support(self, weight: Tensor) -> Tensor:
+        """Where the magnitude exceeds the threshold."""
+        return weight.abs() > self.threshold
+
+
+@dataclass(frozen=True, kw_only=True)
+class DST(Method):
+    """Magnitude pruning with trained thresholds; training finds each layer's density.
+
+    Args:
+        alpha: Weight of the penalty that raises thresholds; the one knob for sparsity. The paper
+            has 5e-6 for CIFAR-10 networks at lr 0.1, 5e-4 for LeNets at lr 0.01.
+        granularity: One threshold per "row" (neuron or filter), "layer" or "weight".
+        reset_below: A layer that keeps less than this share of its weights starts again at
+            threshold 0, its optimizer state cleared; 0 never resets.
+        clamp: Keep thresholds from going below 0, where they prune nothing.
+    """
+
+    alpha: float = 5e-6
+    granularity: str = "row"
+    reset_below: float = 0.01
+    clamp: bool = False
+
+    def __post_init__(self) -> None:
+        check_range(self, "alpha", 0, math.inf)
+        check_choice(self, "granularity", GRANULARITIES)
+        check_range(self, "reset_below", 0, 1)
+
+    @property
+    def cost(self) -> Cost:
+        """The weight gradient is dense: masked weights and thresholds learn from all of it."""
+        return Cost(sparse_forward=True, sparse_grad_input=True, sparse_grad_weight=False)
+
+    @property
+    def recurrent(self) -> bool:
+        """Every gate matrix has thresholds of its own."""
+        return True
+
+    def unfit(self, place: Place) -> str | None:
+        """A weight of zeros stays dense: below its threshold with no gradient, it would stay 0."""
+        return None if place.weight.any() else "is all zeros, to which DST passes no gradient"
+
+    def budget(self, shapes: Sequence[torch.Size]) -> list[int]:
+        """All weights: training starts dense, and alpha decides where it ends."""
+        return [shape.numel() for shape in shapes]
+
+    def attach(self, weight: nn.Parameter, count: int, generator: torch.Generator) -> Thresholded:
+        """Thresholds of 0."""
+        return Thresholded(weight, self.granularity)
+
+    def penalty(self, sites: Sequence[Site]) -> Tensor:
+        """`alpha * sum(exp(-t))` over all thresholds."""
+        return self.alpha * threshold_penalty(torch.cat([_threshold(s).flatten() for s in sites]))
+
+    def advance(
+        self,
+        sites: Sequence[Site],
+        progress: Progress,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> bool:
+        """Clamp thresholds if asked to, and set collapsed layers back to 0, without a host sync."""
+        for site in sites:
+            threshold = _threshold(site)
+            if self.clamp:
+                threshold.clamp_(min=0)
+            if self.reset_below > 0:
+                # Compared into floats, as in the forward; a bool support takes four times as long.
+                kept = site.weight.abs().gt_(threshold).mean(dtype=torch.float32)
+                collapsed = kept < self.reset_below
+                state = {} if optimizer is None else optimizer.state.get(threshold, {})
+                for tensor in (threshold, *state.values()):
+                    if isinstance(tensor, Tensor) and tensor.shape == threshold.shape:
+                        tensor.masked_fill_(collapsed, 0)
+        step, total = progress
+        return step % max(1, total // _ACCOUNTS_PER_RUN) == 0 or step == total
+
+
+def _threshold(site: Site) -> nn.Parameter:
+    assert isinstance(site.sparse, Thresholded)
+    return site.sparse.threshold
