@@ -40,6 +40,7 @@ class Audit:
         self.optimizer = optimizer
         self.method = sparsifier.method
         assert isinstance(self.method, gossamer.Chase)
+        self.cuts = sparsifier.state_dict()["cut"] == "during"
         self.readers = readers if self.method.channel_sparsity else {}
         self.events: list[Event] = []
         self.sites = {site.name: site for site in sparsifier.sites}
@@ -123,7 +124,7 @@ class Audit:
             name: [t * factor[name] if name in factor else t for t in tensors]
             for name, tensors in self.params_before.items()
         }
-        if removed and self.sparsifier._cut == "during":
+        if removed and self.cuts:
             expected_masks, expected = self._cut(expected_masks, expected)
 
         self._compare(expected_masks, expected)

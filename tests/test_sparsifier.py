@@ -80,6 +80,22 @@ def test_construction_touches_only_the_pruned_weights(name: str) -> None:
     assert float(sparsifier.penalty()) == 0
 
 
+def test_dropout_does_not_let_construction_draw_numbers() -> None:
+    """Checks run the model, also in train mode; the user's random numbers are not theirs."""
+
+    class Dropping(ConvFlattenLinear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.dropout(x, 0.2, self.training))
+
+    model = Dropping().double()
+    state = torch.get_rng_state()
+    sparsifier = _sparsifier(model, CHANNELS)
+    assert torch.equal(torch.get_rng_state(), state)
+    sparsifier.finalize()
+    gossamer.shrink(model, images(2))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_training_leaves_the_global_generator_alone() -> None:
     model = net("vgg")
     sparsifier = _sparsifier(model, CHANNELS | {"grow": "random"})
@@ -290,15 +306,29 @@ def test_a_subclass_of_an_elementwise_optimizer_is_not_trusted() -> None:
     )
 
 
-def test_gradients_changed_after_backward_do_not_leave_the_support() -> None:
+@pytest.mark.parametrize("way", ["in place", "replaced", "foreach", "optimizer hook"])
+def test_gradients_changed_after_backward_do_not_leave_the_support(way: str) -> None:
     """Gradient noise, or centralisation: what a user adds to `.grad` must not undo the mask."""
     model = net("mlp")
     sparsifier = _sparsifier(model, PLAIN)
     optimizer = optimizer_for("sgd", model)
+
+    def add_noise(*_) -> None:
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter) * 1e-3
+            if way == "replaced":
+                parameter.grad = parameter.grad + noise
+            elif way == "foreach":
+                torch._foreach_add_([parameter.grad], [noise])
+            else:
+                parameter.grad.add_(noise)
+
+    if way == "optimizer hook":
+        optimizer.register_step_pre_hook(add_noise)
     for x, y in batches(12):
         F.cross_entropy(model(x), y).backward()
-        for parameter in model.parameters():
-            parameter.grad.add_(torch.randn_like(parameter), alpha=1e-3)
+        if way != "optimizer hook":
+            add_noise()
         optimizer.step()
         sparsifier.step(optimizer)
         optimizer.zero_grad()

@@ -126,7 +126,10 @@ class Masked(SparseWeight):
         self._masked_gradient = weakref.ref(weight.grad), weight.grad._version
 
     def gradient_changed(self, weight: Tensor) -> bool:
-        """Whether `weight.grad` is not, or no longer, what `mask_gradient` left."""
+        """Whether `weight.grad` is not, or no longer, what `mask_gradient` left.
+
+        Writes through `weight.grad.data` leave no trace and are not seen; write to `weight.grad`.
+        """
         gradient = weight.grad
         if gradient is None or self._masked_gradient is None:
             return gradient is not None

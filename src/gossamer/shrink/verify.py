@@ -120,8 +120,14 @@ def try_cuts(model: nn.Module, groups: Sequence[ChannelGroup], example: Example)
     with torch.no_grad():
         for parameter in trial.parameters():
             if parameter.is_floating_point():
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                parameter.add_(noise / max(1, parameter[:1].numel()) ** 0.5, alpha=0.5)
+                # Zeros get a value, the others keep their sign: some are under a root.
+                fan_in = parameter[0].numel() if parameter.dim() else 1
+                draw, spread = (
+                    make(parameter.shape, generator=generator).to(parameter)
+                    for make in (torch.randn, torch.rand)
+                )
+                zero = (parameter == 0).to(parameter)
+                parameter.mul_(1 + spread).add_(zero * draw / fan_in**0.5)
         for group in groups:
             gone = torch.randperm(group.channels, generator=generator)[: group.channels // 2]
             for part in group.consumers:
@@ -156,17 +162,20 @@ def _differs_in_training(
     """Whether the cut shows in train mode; False where two runs of one model differ already."""
     first, second, slim = (copy.deepcopy(model).train() for _ in range(3))
     apply_cuts(slim, cuts_for(slim, removals))
-    try:
-        before = _run(first, example)
-        if max_difference(before, _run(second, example)) > 0:
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=devices):  # dropout must not draw the user's numbers
+        try:
+            before, again = _run(first, example), _run(second, example)
+        except Exception:  # it cannot be run in train mode on so few samples: nothing to compare
             return False
-    except Exception:  # it cannot be run in train mode on so few samples: nothing to compare
+        try:
+            after = _run(slim, example)
+        except Exception:  # whatever the model raises on a wrong width says the same
+            return True
+    if max_difference(before, again) > 0:
         return False
-    try:
-        # Norms over few samples amplify rounding far beyond that of eval mode.
-        return max_difference(before, _run(slim, example)) > 1e3 * _tolerance(before, 1.0)
-    except Exception:  # whatever the model raises on a wrong width says the same
-        return True
+    # Norms over few samples amplify rounding far beyond that of eval mode.
+    return max_difference(before, after) > 1e3 * _tolerance(before, 1.0)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
