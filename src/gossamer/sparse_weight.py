@@ -82,7 +82,9 @@ class Masked(SparseWeight):
         self.kept_zero = False
         self.wants_dense_gradient = False
         self.dense_gradient: Tensor | None = None
-        self._masked_gradient: tuple[weakref.ref[Tensor], int] | None = None
+        # What `mask_gradient` left: the gradient and its version. A list, because assigning to an
+        # attribute of a module costs as much as the product itself in a small layer.
+        self._left: list[Any] = []
 
     def forward(self, weight: Tensor) -> Tensor:
         """`weight` itself while it is kept zero off the support, else `weight * mask`.
@@ -113,17 +115,18 @@ class Masked(SparseWeight):
         dense gradient (`wants_dense_gradient`) neither recompiles nor changes what clipping and
         the optimizer see: the dense gradient is set aside, summed over accumulated micro-batches.
         """
-        assert weight.grad is not None
+        gradient = weight.grad
+        assert gradient is not None
         if self.wants_dense_gradient:
             if self.dense_gradient is None:
-                self.dense_gradient = weight.grad.clone()
+                self.dense_gradient = gradient.clone()
             else:
                 # On the support `.grad` already is the sum of all micro-batches so far.
                 self.dense_gradient = torch.where(
-                    self.mask > 0.5, weight.grad, self.dense_gradient + weight.grad
+                    self.mask > 0.5, gradient, self.dense_gradient + gradient
                 )
-        weight.grad.mul_(self.mask)
-        self._masked_gradient = weakref.ref(weight.grad), weight.grad._version
+        gradient.mul_(self.mask)
+        self._left[:] = weakref.ref(gradient), gradient._version
 
     def gradient_changed(self, weight: Tensor) -> bool:
         """Whether `weight.grad` is not, or no longer, what `mask_gradient` left.
@@ -131,9 +134,9 @@ class Masked(SparseWeight):
         Writes through `weight.grad.data` leave no trace and are not seen; write to `weight.grad`.
         """
         gradient = weight.grad
-        if gradient is None or self._masked_gradient is None:
+        if gradient is None or not self._left:
             return gradient is not None
-        masked, version = self._masked_gradient
+        masked, version = self._left
         return masked() is not gradient or gradient._version != version
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Masked:

@@ -134,11 +134,12 @@ class Sparsifier:
             )
         ]
         self._site = {site.name: site for site in self.sites}
+        self._masked_sites = [site for site in self.sites if isinstance(site.sparse, Masked)]
+        self._masks = [(site.masked, site.weight) for site in self._masked_sites]
         self.pools = [ChannelPool(g, self._site[g.name], g.channels) for g in groups]
-        for site in self.sites:
-            if isinstance(site.sparse, Masked):
-                register = site.weight.register_post_accumulate_grad_hook
-                self._handles.append(register(site.masked.mask_gradient))  # type: ignore[no-untyped-call]
+        for mask, weight in self._masks:
+            register = weight.register_post_accumulate_grad_hook
+            self._handles.append(register(mask.mask_gradient))  # type: ignore[no-untyped-call]
         self._zero_off_support(None)
         with torch.no_grad():
             method.advance(self.sites, Progress(0, total_steps), None)
@@ -320,24 +321,21 @@ class Sparsifier:
         coming = Progress(self.step_count + 1, self.total_steps)
         wanted = self._postponed or self.method.wants_dense_grad(coming)
         if wanted or self._wants_dense_grad:
-            for site in self._masked_sites():
+            for site in self._masked_sites:
                 site.masked.wants_dense_gradient = wanted
                 site.masked.dense_gradient = None
         self._wants_dense_grad = wanted
 
     def _gradients_changed(self) -> bool:
         """Whether somebody wrote to a gradient after its mask: clipping, noise, unscaling."""
-        return any(site.masked.gradient_changed(site.weight) for site in self._masked_sites())
-
-    def _masked_sites(self) -> list[Site]:
-        return [site for site in self.sites if isinstance(site.sparse, Masked)]
+        return any(mask.gradient_changed(weight) for mask, weight in self._masks)
 
     def _update(self, progress: Progress) -> list[SupportChange] | None:
         if not (self._postponed or self.method.updates_at(progress)):
             return None
         gradients = [
             site.masked.dense_gradient
-            for site in self._masked_sites()
+            for site in self._masked_sites
             if site.masked.dense_gradient is not None
         ]
         if _world_size() > 1:
@@ -359,7 +357,7 @@ class Sparsifier:
 
     def _zero_off_support(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Latent weights and optimizer state are zero off the support from here on."""
-        for site in self._masked_sites():
+        for site in self._masked_sites:
             with torch.no_grad():
                 _multiply(site.weight, site.masked.mask, optimizer)
             site.masked.kept_zero = True
