@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/gossamer train --config recipes/digits-chase.yaml --overwrite
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow and not gpu"
 
 test-all: $(READY)
 	$(BIN)/python -m pytest

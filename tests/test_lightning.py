@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
@@ -120,7 +120,8 @@ def test_it_trains_as_a_plain_loop_does(accumulate):
 def test_it_resumes_bit_for_bit_across_cuts(tmp_path):
     whole = Net()
     kept = sparse(whole)
-    trainer(SparsifyCallback(kept)).fit(whole, Loader())
+    uninterrupted = SparsifyCallback(kept)
+    trainer(uninterrupted).fit(whole, Loader())
 
     first = Net()
     half = sparse(first)
@@ -132,7 +133,11 @@ def test_it_resumes_bit_for_bit_across_cuts(tmp_path):
     second = Net()
     resumed = sparse(second)
     torch.load(tmp_path / "last.ckpt", weights_only=True)  # nothing in it can run code
-    trainer(SparsifyCallback(resumed)).fit(second, Loader(), ckpt_path=tmp_path / "last.ckpt")
+    callback = SparsifyCallback(resumed)
+    trainer(callback).fit(second, Loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert callback.topology.sad_cumulative == uninterrupted.topology.sad_cumulative > 0
+    checks = [one.topology.check(STEPS, resumed.supports()) for one in (callback, uninterrupted)]
+    assert checks[0] == checks[1]
     assert resumed.step_count == STEPS
     assert resumed.plan == kept.plan
     for name, tensor in whole.state_dict().items():
@@ -212,16 +217,38 @@ def test_other_steps_than_planned_are_said():
 def test_it_logs_how_sparse_the_network_is():
     net = Net()
     sparsifier = sparse(net)
-    runner = trainer(SparsifyCallback(sparsifier))
+    callback = SparsifyCallback(sparsifier)
+    runner = trainer(callback)
     runner.fit(net, Loader())
     logged = runner.callback_metrics
     assert float(logged["density"]) == pytest.approx(sparsifier.density)
     assert float(logged["live_channels"]) == sparsifier.live_channels == 14
+    total = callback.topology.check(STEPS, sparsifier.supports()).total
+    assert float(logged["exploration"]) == pytest.approx(total.exploration)
+    assert float(logged["sad_from_start"]) == pytest.approx(total.from_start.per_weight)
+    assert 0 < logged["sad_since_last"] < logged["sad_from_start"]
+    assert total.exploration > sparsifier.density
 
     net = Net()
     runner = trainer(SparsifyCallback(sparse(net), log=False))
     runner.fit(net, Loader())
     assert not runner.callback_metrics
+
+
+def test_its_tracker_has_seen_every_support():
+    class Looking(Callback):
+        def on_train_batch_end(self, *_):
+            for name, support in sparsifier.supports().items():
+                union[name] |= support
+
+    net = Net()
+    sparsifier = sparse(net)
+    union = sparsifier.supports()
+    callback = SparsifyCallback(sparsifier, log=False)
+    trainer(callback, Looking()).fit(net, Loader())
+    total = callback.topology.check(STEPS, sparsifier.supports()).total
+    assert total.ever == sum(int(mask.count_nonzero()) for mask in union.values())
+    assert total.since_last == total.from_start  # nobody has checked before
 
 
 def test_with_manual_optimization_the_module_steps():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -31,5 +31,6 @@ def test_hyperparameters_are_frozen_and_documented(name: str) -> None:
     method = cls()
     with pytest.raises(FrozenInstanceError):
         method.density = 0.5  # type: ignore[attr-defined]
+    documented = "".join(base.__doc__ or "" for base in cls.__mro__ if is_dataclass(base))
     for field in fields(cls):
-        assert f"        {field.name}: " in (cls.__doc__ or ""), f"{field.name} is undocumented"
+        assert f"        {field.name}: " in documented, f"{field.name} is undocumented"

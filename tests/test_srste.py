@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gossamer
-from gossamer.measure import SadTracker, check_nm, sad
+from gossamer.measure import TopologyTracker, check_nm, sad
 from gossamer.methods.srste import SRSTE, decay_pruned, pruned_penalty
 from gossamer.ops import n_of_m, straight_through
 from gossamer.sparse_weight import NOfM
@@ -573,7 +573,7 @@ def _cumulative_sad(lam: float, n: int, m: int) -> tuple[float, float]:
     sparsifier = gossamer.Sparsifier(model, method, total_steps=steps, exclude=["4"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    tracker = SadTracker(sparsifier.supports())
+    tracker = TopologyTracker(sparsifier.supports())
     late = 0.0
     for step in range(1, steps + 1):
         rows = torch.randint(0, 1024, (64,), generator=generator)
@@ -586,8 +586,8 @@ def _cumulative_sad(lam: float, n: int, m: int) -> tuple[float, float]:
         if step % 20 == 0:
             check = tracker.check(step, sparsifier.supports())
             if step > steps * 0.9:
-                late += check.since_last.per_weight
-    return tracker.cumulative, late
+                late += check.total.since_last.per_weight
+    return tracker.sad_cumulative, late
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 8)])

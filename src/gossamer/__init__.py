@@ -1,11 +1,15 @@
 """Gossamer: train a network sparse from scratch and get a smaller, faster model."""
 
 from gossamer.bake import finalize
+from gossamer.forecast import forecast
 from gossamer.method import Cost, Method, Progress, SupportChange
+from gossamer.methods.autosparse import AutoSparse
 from gossamer.methods.chase import Chase
 from gossamer.methods.dst import DST
 from gossamer.methods.srste import SRSTE
 from gossamer.methods.static import Static
+from gossamer.methods.str import STR
+from gossamer.methods.topkast import TopKAST
 from gossamer.shrink.file import load, save
 from gossamer.shrink.plan import Plan
 from gossamer.shrink.shrink import Shrunk, shrink
@@ -14,6 +18,7 @@ from gossamer.sparse_weight import Masked, SparseWeight
 from gossamer.sparsifier import Sparsifier
 
 __all__ = [
+    "AutoSparse",
     "Chase",
     "Cost",
     "DST",
@@ -22,13 +27,16 @@ __all__ = [
     "Plan",
     "Progress",
     "SRSTE",
+    "STR",
     "Shrunk",
     "Site",
     "SparseWeight",
     "Sparsifier",
     "Static",
     "SupportChange",
+    "TopKAST",
     "finalize",
+    "forecast",
     "load",
     "save",
     "shrink",

@@ -30,6 +30,10 @@ __all__ = [
 ]
 
 
+# Where supports change all the time, looking at each would cost more than the looks are worth.
+_LOOKS_PER_RUN = 1000
+
+
 class Progress(NamedTuple):
     """Where training stands: optimizer steps done, and steps of the whole run."""
 
@@ -41,9 +45,19 @@ class Progress(NamedTuple):
         """Share of training that is done, in [0, 1]."""
         return min(self.step / self.total_steps, 1.0)
 
+    def look_due(self, interval: int = 1) -> bool:
+        """Whether to tell, after this step, of supports that change every `interval` steps.
+
+        Short runs tell of every change, long ones of about 1000.
+        """
+        every = max(1, self.total_steps // (_LOOKS_PER_RUN * interval))
+        return self.step % (every * interval) == 0
+
 
 class Cost(NamedTuple):
-    """Which of the three products of a training step skip weights off the support."""
+    """Which of the three products of a training step skip weights off the support; that of the
+    weight gradient, those that learn nothing (`SparseWeight.learns`).
+    """
 
     sparse_forward: bool
     sparse_grad_input: bool
@@ -116,8 +130,16 @@ class Method(ABC):
         """Bring what follows a schedule (annealing factors, thresholds to reset) to this step.
 
         Called once before training (step 0, no optimizer) and after every step, in `no_grad`.
-        Returns True when the size of a support changed, so that accounts are taken anew.
+        Returns True when a support changed, so that accounts are taken anew (`Progress.look_due`).
         """
+        return None
+
+    def wants_loss(self, progress: Progress) -> bool:
+        """Whether this step must be told its training loss, with `Sparsifier.observe`."""
+        return False
+
+    def observe(self, sites: Sequence[Site], loss: Tensor) -> None:
+        """Take note of a training loss, 0-d, float32, the mean over all processes."""
         return None
 
     def penalty(self, sites: Sequence[Site]) -> Tensor | None:

@@ -6,10 +6,13 @@ import difflib
 from dataclasses import dataclass
 
 from gossamer.method import Method
+from gossamer.methods.autosparse import AutoSparse
 from gossamer.methods.chase import Chase
 from gossamer.methods.dst import DST
 from gossamer.methods.srste import SRSTE
 from gossamer.methods.static import Static
+from gossamer.methods.str import STR
+from gossamer.methods.topkast import TopKAST
 
 __all__ = ["METHODS", "MethodInfo", "method_info"]
 
@@ -46,6 +49,27 @@ METHODS: dict[str, MethodInfo] = {
             "trainable thresholds: starts dense, and training finds each layer's density",
             "Liu et al., Dynamic Sparse Training: Find Efficient Sparse Network From Scratch With "
             "Trainable Masked Layers, ICLR 2020, arXiv 2005.06870",
+        ),
+        MethodInfo(
+            "autosparse",
+            AutoSparse,
+            "learned soft thresholds; weights below them learn on, at an annealed share",
+            "Kundu et al., AutoSparse: Towards Automated Sparse Training of Deep Neural Networks, "
+            "2023, arXiv 2304.06941",
+        ),
+        MethodInfo(
+            "str",
+            STR,
+            "learned soft thresholds, raised by weight decay; pruned weights do not learn",
+            "Kusupati et al., Soft Threshold Weight Reparameterization for Learnable Sparsity, "
+            "ICML 2020, arXiv 2002.03231",
+        ),
+        MethodInfo(
+            "topkast",
+            TopKAST,
+            "the largest weights act, more of them learn; always sparse, optionally annealed",
+            "Jayakumar et al., Top-KAST: Top-K Always Sparse Training, NeurIPS 2020, "
+            "arXiv 2106.03517",
         ),
         MethodInfo(
             "srste",

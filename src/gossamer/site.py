@@ -72,6 +72,11 @@ class Site:
         return self.sparse.support(self.weight)
 
     @property
+    def learns(self) -> Tensor:
+        """Bool tensor of the weight's shape: which weights need their gradient in a step."""
+        return self.sparse.learns(self.weight.detach())
+
+    @property
     def nonzeros(self) -> int:
         """Size of the support."""
         return int(self.support.count_nonzero())

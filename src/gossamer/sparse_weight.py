@@ -19,7 +19,14 @@ from torch.nn.utils.parametrize import ParametrizationList
 from gossamer.ops import n_of_m, straight_through
 from gossamer.surrogates import soft_threshold
 
-__all__ = ["Masked", "NOfM", "SoftThreshold", "SparseWeight", "threshold_shape"]
+__all__ = [
+    "LearnedThreshold",
+    "Masked",
+    "NOfM",
+    "SoftThreshold",
+    "SparseWeight",
+    "threshold_shape",
+]
 
 
 class SparseWeight(nn.Module, ABC):
@@ -36,6 +43,14 @@ class SparseWeight(nn.Module, ABC):
     @abstractmethod
     def support(self, weight: Tensor) -> Tensor:
         """Bool tensor of the weight's shape: where the effective weight may be non-zero."""
+
+    def learns(self, weight: Tensor) -> Tensor:
+        """Bool tensor of the weight's shape: which weights need their gradient in a step."""
+        return self.support(weight)
+
+    def figures(self) -> dict[str, Tensor]:
+        """What to watch beside the support, by name: thresholds, and 0-d annealing factors."""
+        return {}
 
 
 def threshold_shape(weight: Tensor, granularity: str) -> tuple[int, ...]:
@@ -141,10 +156,10 @@ class Masked(SparseWeight):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Masked:
         """A copy multiplies by its mask, since no Sparsifier keeps its latent weight zero."""
-        copy = Masked(self.mask, self.mask)
+        copy = type(self)(self.mask, self.mask)
         memo[id(self)] = copy
-        copy.live_out.copy_(self.live_out)
-        copy.live_in.copy_(self.live_in)
+        for name, buffer in self.named_buffers():
+            copy.get_buffer(name).copy_(buffer)
         copy.train(self.training)
         return copy
 
@@ -188,6 +203,10 @@ class NOfM(SparseWeight):
         """Where the mask is 1."""
         return self.mask > 0.5 if self.kept_fresh else self._pattern(weight)
 
+    def figures(self) -> dict[str, Tensor]:
+        """`lam`."""
+        return {"lam": self.lam}
+
     def refresh(self, weight: Tensor) -> None:
         """Take the mask from the latent weight as it is now."""
         n_of_m(weight, self.n, self.m, dense_tail=self.dense_tail, out=self.mask)
@@ -211,7 +230,35 @@ class NOfM(SparseWeight):
         return copy
 
 
-class SoftThreshold(SparseWeight):
+class LearnedThreshold(SparseWeight):
+    """Effective weights are 0 where the magnitude does not exceed a trainable threshold."""
+
+    @property
+    @abstractmethod
+    def raw(self) -> nn.Parameter:
+        """What is trained: the thresholds, or what they are computed from."""
+
+    @abstractmethod
+    def reach(self, magnitude: Tensor) -> Tensor:
+        """`raw` at which a weight of this magnitude is pruned; may work in place."""
+
+    def margin(self, weight: Tensor, index: Tensor | None = None) -> Tensor:
+        """How far `raw` may rise until each weight is pruned, in 32 bits or more.
+
+        Args:
+            weight: `(out, in, *kernel)`.
+            index: `(n,)` positions in the flattened weight to look at; None for all.
+        """
+        raw = self.raw.detach()
+        if index is not None:
+            weight, raw = weight.take(index), raw.expand_as(weight).take(index)
+        magnitude = weight.detach().abs()
+        if magnitude.element_size() < 4:
+            magnitude = magnitude.float()
+        return self.reach(magnitude).sub_(raw)
+
+
+class SoftThreshold(LearnedThreshold):
     """Effective weight = `sign(W) * relu(|W| - sigmoid(s))`, its threshold learned.
 
     Attributes:
@@ -244,7 +291,26 @@ class SoftThreshold(SparseWeight):
         """Where the magnitude is above the threshold."""
         return weight.abs() > self.threshold
 
+    def learns(self, weight: Tensor) -> Tensor:
+        """What lies above the cut while there is one, else the support."""
+        if self.backward_sparse and bool(self.cut.isfinite()):
+            return weight.abs() - self.threshold >= self.cut
+        return self.support(weight)
+
     @property
     def threshold(self) -> Tensor:
         """`sigmoid(s)`, of the shape of `s`."""
         return self.s.sigmoid()
+
+    def figures(self) -> dict[str, Tensor]:
+        """Thresholds and `alpha`."""
+        return {"threshold": self.threshold, "alpha": self.alpha}
+
+    @property
+    def raw(self) -> nn.Parameter:
+        """`s`."""
+        return self.s
+
+    def reach(self, magnitude: Tensor) -> Tensor:
+        """`logit(|W|)`; no threshold reaches magnitudes of 1 and more, which count as 1 - 1e-6."""
+        return magnitude.clamp_(1e-30, 1 - 1e-6).logit_()

@@ -166,6 +166,22 @@ class Sparsifier:
         return self.sites[0].weight.new_zeros(()) if penalty is None else penalty
 
     @torch.no_grad()
+    def observe(self, loss: Tensor) -> None:
+        """Tell the loss of a batch before `step`, to methods that follow it; others ignore it.
+
+        With accumulated gradients tell the loss of every batch.
+
+        Args:
+            loss: 0-d, of this process's own batch, without the penalty.
+        """
+        if self.method.wants_loss(Progress(self.step_count + 1, self.total_steps)):
+            loss = loss.detach().float().clone()
+            if _world_size() > 1:
+                dist.all_reduce(loss)
+                loss /= _world_size()
+            self.method.observe(self.sites, loss)
+
+    @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """To be called after every `optimizer.step()`, before gradients are zeroed.
 
@@ -331,23 +347,35 @@ class Sparsifier:
         return any(mask.gradient_changed(weight) for mask, weight in self._masks)
 
     def _update(self, progress: Progress) -> list[SupportChange] | None:
-        if not (self._postponed or self.method.updates_at(progress)):
+        due = self._postponed or self.method.updates_at(progress)
+        if not (due or self._wants_dense_grad):
             return None
-        gradients = [
-            site.masked.dense_gradient
-            for site in self._masked_sites
-            if site.masked.dense_gradient is not None
-        ]
-        if _world_size() > 1:
-            for gradient in gradients:  # every rank set aside the gradient of its own samples
-                dist.all_reduce(gradient)
-        # A step that GradScaler skipped has no usable gradient: the next step updates instead.
-        extremes = [extreme for gradient in gradients for extreme in gradient.aminmax()]
-        self._postponed = not all(bool(extreme.isfinite()) for extreme in extremes)
-        if self._postponed:
+        usable = self._share_dense_gradients()
+        self._postponed = due and not usable
+        if not (due and usable):
             return None
         generator = self._generator(f"update/{progress.step}")
         return self.method.update(self.sites, progress, generator)
+
+    def _share_dense_gradients(self) -> bool:
+        """Average what every rank set aside from its own samples; all of it goes if not finite.
+
+        A step that GradScaler skipped has no usable gradient: the next step updates instead.
+        """
+        gradients = []
+        for mask, _ in self._masks:
+            gradient = mask.dense_gradient
+            if gradient is not None:
+                if (world := _world_size()) > 1:
+                    dist.all_reduce(gradient)
+                    gradient /= world
+                gradients.append(gradient)
+        finite = [extreme.isfinite() for gradient in gradients for extreme in gradient.aminmax()]
+        if not finite or bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
+            return True
+        for mask, _ in self._masks:
+            mask.dense_gradient = None
+        return False
 
     def _apply(self, changes: Sequence[SupportChange], optimizer: torch.optim.Optimizer) -> None:
         for site, change in zip(self.sites, changes, strict=True):

@@ -18,10 +18,11 @@ from gossamer.shrink.file import read_plan
 from gossamer.train import engine
 from gossamer.train.config import TrainConfig, from_dict, to_dict
 from gossamer.train.data import Batches, load_data
-from gossamer.train.engine import rate
+from gossamer.train.engine import History, make_optimizer, rate
 from gossamer.train.expand import expand, scatter, take
-from gossamer.train.figures import accuracy
+from gossamer.train.figures import accuracy, topology
 from gossamer.train.models import build_model
+from gossamer.train.report import moves, untouched
 from gossamer.train.run import train
 from gossamer.train.work import Work
 
@@ -56,8 +57,11 @@ class Watching:
     """Remembers what it is told, and breaks training off where it is asked to."""
 
     def __init__(self, stop_in=None, at_epoch=None, at_step=None, error=KeyboardInterrupt):
-        self.networks, self.rows = [], []
+        self.networks, self.rows, self.notes = [], [], []
         self.stop, self.error = (stop_in, at_epoch, at_step), error
+
+    def noted(self, text):
+        self.notes.append(text)
 
     def started(self, network, epochs, steps, done):
         self.networks.append((network, done))
@@ -81,7 +85,8 @@ def rows(folder, name="metrics.csv"):
 
 def lasting(summary):
     """The summary without what a clock has measured, or the folder's name."""
-    kept = {key: summary[key] for key in ("model", "method", "data", "seed", "reference")}
+    keys = ("model", "method", "data", "seed", "reference", "topology", "locked", "left_dense")
+    kept = {key: summary[key] for key in keys}
     for name in ("dense", "sparse", "slim"):
         if name in summary:
             kept[name] = {k: v for k, v in summary[name].items() if k != "latency_ms"}
@@ -97,6 +102,13 @@ def same_model(one, other):
         and first.keys() == second.keys()
         and all(torch.equal(first[name], second[name]) for name in first)
     )
+
+
+def same_metrics(one, other):
+    """Whether two runs saw the same at every epoch, but for the time it took."""
+    for mine, theirs in zip(rows(one), rows(other), strict=True):
+        assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
+    assert rows(one, "layers.csv") == rows(other, "layers.csv")
 
 
 def with_dropout(num_classes: int, in_shape: tuple[int, int, int]) -> nn.Module:
@@ -143,6 +155,7 @@ def test_the_folder_is_whole(finished):
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "layers.csv",
         "metrics-dense.csv",
         "metrics.csv",
         "model.safetensors",
@@ -200,6 +213,12 @@ def test_the_metrics(finished):
         "density",
         "live_channels",
         "channel_sparsity",
+        "sad_cumulative",
+        "sad_from_start",
+        "sad_since_last",
+        "exploration",
+        "churn",
+        "revived",
         "seconds",
         "macs_training",
     ]
@@ -208,7 +227,9 @@ def test_the_metrics(finished):
     assert float(table[-1]["lr"]) == pytest.approx(0.05 * rate(tiny("x"), 59, STEPS))
     assert int(table[-1]["live_channels"]) == 56
     assert float(table[-1]["macs_training"]) == summary["slim"]["macs_training"]
-    assert len(rows(folder, "metrics-dense.csv")) == EPOCHS
+    dense = rows(folder, "metrics-dense.csv")
+    assert len(dense) == EPOCHS
+    assert not {"exploration", "sad_from_start"} & dense[0].keys()
 
 
 def test_the_report_says_what_its_words_mean(finished):
@@ -263,6 +284,180 @@ def test_a_network_that_cannot_be_traced_is_trained_all_the_same(tmp_path):
     )
 
 
+# ------------------------------------------------------------------ what training did
+
+
+def test_layers_add_up_to_the_metrics(finished):
+    folder = finished[0]
+    layers, table = rows(folder, "layers.csv"), rows(folder)
+    assert [int(row["epoch"]) for row in layers] == [e for e in range(EPOCHS + 1) for _ in range(7)]
+    weights = sum(int(row["weights"]) for row in layers[:7])
+    assert weights == 18_248
+    for epoch in range(EPOCHS + 1):
+        mine = [row for row in layers if int(row["epoch"]) == epoch]
+        wanted = table[epoch - 1] if epoch else {"sad_from_start": 0, "exploration": 0.2}
+        for key in wanted.keys() & {"density", "sad_from_start", "sad_since_last", "exploration"}:
+            total = sum(int(row["weights"]) * float(row[key]) for row in mine) / weights
+            assert total == pytest.approx(float(wanted[key]), abs=1e-4)
+    live = [int(row["live_channels"]) for row in layers if int(row["epoch"]) == EPOCHS]
+    assert sum(live) <= 56 + 10  # Chase has removed the others
+
+    exploration = [float(row["exploration"]) for row in table]
+    assert 0.2 < exploration[0] <= exploration[1] <= exploration[2] <= 1
+    assert 0 < float(table[-1]["churn"]) < 1
+    assert 0 < float(table[-1]["revived"]) < 1
+    moved = [float(row["sad_since_last"]) for row in table]
+    assert float(table[0]["sad_from_start"]) == moved[0]
+    assert float(table[-1]["sad_cumulative"]) == pytest.approx(sum(moved))
+
+
+def test_the_summary_tells_what_training_did(finished):
+    folder, summary = finished
+    table, topology = rows(folder), summary["topology"]
+    assert topology["from_start"]["per_weight"] == float(table[-1]["sad_from_start"])
+    assert topology["since_last"]["per_weight"] == float(table[-1]["sad_since_last"])
+    assert topology["sad_cumulative"] == float(table[-1]["sad_cumulative"])
+    assert topology["density"] == pytest.approx(summary["sparse"]["density"])
+    assert [point["epoch"] for point in topology["path"]] == [0, 1, 2, 3]
+    assert topology["path"][0]["exploration"] == topology["path"][0]["density"]
+    assert topology["path"][-1]["live_channels"] == topology["live_channels"]
+    assert summary["left_dense"] == {}
+    assert summary["locked"] == {"classifier": "no layer reads them"}
+    assert summary["forecast"] is None
+
+    report = (folder / "report.md").read_text()
+    for text in (
+        "| after epoch | start | 1 | 2 | 3 |",
+        f"| exploration | 0.2000 | {float(table[0]['exploration']):.4f} |",
+        f"SAD from the start: {topology['from_start']['changed']:,} of 18,248 weights",
+        "revived: of the weights that were ever dropped",
+        "all channels kept: classifier - no layer reads them",
+    ):
+        assert text in report
+
+
+def test_the_path_has_the_start_the_quarters_and_the_end():
+    history = History(start={"density": 1.0, "alpha": 0.5})
+    for epoch in range(13):
+        history.layers += [{"epoch": epoch, "live_channels": live} for live in (epoch, 100)]
+    history.rows = [
+        {"density": 1 - epoch / 20, "alpha": 0.1, "lr": 0.1, "sad_cumulative": 0.0}
+        for epoch in range(1, 13)
+    ]
+    path = topology(history)["path"]
+    assert [point["epoch"] for point in path] == [0, 3, 6, 9, 12]
+    assert path[1] == {"epoch": 3, "density": 0.85, "alpha": 0.1, "live_channels": 103}
+    assert path[0]["alpha"] == 0.5
+
+
+def test_a_method_that_moves_nothing_has_no_page_of_zeros(tmp_path):
+    folder = tmp_path / "run"
+    summary = train(tiny(folder, method="static", epochs=2), gossamer.Static(density=0.2))
+    assert summary["topology"]["from_start"]["changed"] == 0
+    assert summary["topology"]["exploration"] == summary["topology"]["density"]
+    assert moves(summary) == [("after epoch", "start", "1", "2")]
+    assert untouched(summary) == ""
+    report = (folder / "report.md").read_text()
+    assert "The supports stayed as they were at the start." in report
+    assert "exploration" not in report
+    assert {row["sad_from_start"] for row in rows(folder)} == {"0.0"}
+
+
+def test_thresholds_and_alpha_have_paths(tmp_path):
+    folder, watcher = tmp_path / "run", Watching()
+    method = gossamer.AutoSparse(granularity="row", alpha_reset=0.6)
+    config = tiny(folder, method="autosparse", threshold_decay=0.05)
+    summary = train(config, method, watcher=watcher)
+    table, layers = rows(folder), rows(folder, "layers.csv")
+    assert [float(row["alpha"]) for row in table][1:] == [0, 0]
+    assert 0 < float(table[0]["alpha"]) < 0.5
+    lowest, highest = (
+        pick(float(row[f"threshold_{name}"]) for row in layers[-7:])
+        for pick, name in ((min, "min"), (max, "max"))
+    )
+    assert (lowest, highest) == (
+        float(table[-1]["threshold_min"]),
+        float(table[-1]["threshold_max"]),
+    )
+    assert lowest < float(table[-1]["threshold_mean"]) < highest
+    start = [float(row["threshold_mean"]) for row in layers[:7]]
+    assert start == pytest.approx([torch.sigmoid(torch.tensor(-5.0)).item()] * 7)
+    shown = {line[0]: line[1:] for line in moves(summary)}
+    assert shown["alpha"] == ("0.5", f"{float(table[0]['alpha']):.3g}", "0", "0")
+    assert shown["threshold, mean"][0] == "0.00669"
+
+    (text,) = watcher.notes
+    assert text == f"forecast: {summary['forecast']}"
+    assert f"Forecast: {summary['forecast']}." in (folder / "report.md").read_text()
+    lrs = [0.05 * rate(config, step, STEPS) for step in range(EPOCHS * STEPS)]
+    assert f"Lambda = decay * sum(lr) / (1 - momentum) = {0.05 * sum(lrs) / 0.1:.3g}" in text
+
+
+def test_an_annealed_penalty_has_a_path_and_dense_layers_a_reason(tmp_path):
+    method = gossamer.SRSTE(lam=0.1, anneal_until=0.5)
+    summary = train(tiny(tmp_path / "run", method="srste", epochs=2), method)
+    lams = [float(row["lam"]) for row in rows(tmp_path / "run")]
+    assert lams == pytest.approx([0.1, 0.1])
+    assert {line[0]: line[1:] for line in moves(summary)}["lam"] == ("0", "0.1", "0.1")
+    assert untouched(summary).startswith("left dense: features.0 - has 1 input per row")
+
+
+def test_long_lists_of_layers_are_cut_short():
+    locked = {f"skip{i}": "a skip path" for i in range(5)}
+    locked |= {f"other{i}": f"reason {i}" for i in range(4)}
+    summary = {"left_dense": {"stem": "has 3 inputs"}, "locked": locked}
+    assert untouched(summary, most=2).splitlines() == [
+        "left dense: stem - has 3 inputs",
+        "all channels kept: skip0, skip1 and 3 more - a skip path",
+        "all channels kept: other0 - reason 0",
+        "all channels kept: 3 more, for other reasons (report.md)",
+    ]
+    assert len(untouched(summary).splitlines()) == 6
+    assert "skip4 - a skip path" in untouched(summary)
+
+
+def test_a_forecast_of_nothing_is_told_before_training(tmp_path):
+    watcher = Watching()
+    config = tiny(tmp_path / "run", method="str", epochs=2)
+    with pytest.warns(UserWarning, match="STR: no sparsity can appear"):  # the method's own
+        summary = train(config, gossamer.STR(), watcher=watcher)
+    assert watcher.notes[0].startswith("forecast: no sparsity can appear: Lambda")
+    assert summary["sparse"]["density"] == 1
+
+
+def test_with_a_target_there_is_no_forecast(tmp_path):
+    watcher = Watching()
+    config = tiny(tmp_path / "run", method="autosparse", epochs=2)
+    summary = train(config, gossamer.AutoSparse(target_density=0.5), watcher=watcher)
+    assert watcher.notes == []
+    assert summary["forecast"] is None
+    assert summary["topology"]["density"] == pytest.approx(0.5, rel=0.01)
+
+
+def test_thresholds_have_a_decay_of_their_own(tmp_path):
+    model = build_model("vgg-small", num_classes=4, in_shape=(3, 8, 8), width=0.25)
+    sparsifier = gossamer.Sparsifier(model, gossamer.DST(), total_steps=10)
+    for optimizer in ("sgd", "adamw"):
+        for given, used in ((None, 5e-4), (0.0, 0.0), (0.1, 0.1)):
+            config = tiny("x", threshold_decay=given, optimizer=optimizer)
+            groups = make_optimizer(config, model, sparsifier).param_groups
+            assert [group["weight_decay"] for group in groups] == [5e-4, used]
+            assert len(groups[1]["params"]) == len(sparsifier.sites)
+    for name, other in (("static", gossamer.Static()), ("srste", gossamer.SRSTE())):
+        with pytest.raises(ValueError, match=f"threshold_decay=0.1: {name} learns no thresholds"):
+            train(tiny(tmp_path / "run", method=name, threshold_decay=0.1), other)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("dense_loss", "factor"), [(1e-3, 1.05), (1e3, 0.995)])
+def test_methods_that_follow_the_loss_are_told_it(dense_loss, factor, tmp_path):
+    method = gossamer.AutoSparse(
+        dense_losses=(dense_loss,), tune_end=0.5, alpha_schedule="none", alpha_reset=1.0
+    )
+    train(tiny(tmp_path / "run", method="autosparse", epochs=2), method)
+    assert float(rows(tmp_path / "run")[0]["alpha"]) == pytest.approx(0.5 * factor)
+
+
 # ------------------------------------------------------------------ stopping and going on
 
 
@@ -290,19 +485,20 @@ def test_a_resumed_run_is_the_same_run(settings, tmp_path):
     assert watcher.networks == [("sparse", 1)]
     assert lasting(resumed) == lasting(whole)
     assert same_model(tmp_path / "broken", tmp_path / "whole")
-    for one, other in zip(rows(tmp_path / "whole"), rows(tmp_path / "broken"), strict=True):
-        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    same_metrics(tmp_path / "broken", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_resumes(name, tmp_path):
-    method = METHODS[name].cls()
+    settings = {"str": {"s_init": -5.0}}  # by default it wants a longer run
+    method = METHODS[name].cls(**settings.get(name, {}))
     whole = train(tiny(tmp_path / "whole", method=name, epochs=2), method)
     config = tiny(tmp_path / "broken", method=name, epochs=2)
     with pytest.raises(KeyboardInterrupt):
         train(config, method, watcher=Watching("sparse", 1, 4))
     assert lasting(train(config, method, resume=True)) == lasting(whole)
     assert same_model(tmp_path / "broken", tmp_path / "whole")
+    same_metrics(tmp_path / "broken", tmp_path / "whole")
 
 
 def rows_width(settings):
@@ -349,7 +545,8 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=r"could not write .*sparse.ckpt \(No space left"):
             train(config, chase())
     assert [path.name for path in checkpoint.parent.iterdir()] == ["sparse.ckpt"]
-    assert len(torch.load(checkpoint, weights_only=True)["gossamer"]["rows"]) == 1
+    history = torch.load(checkpoint, weights_only=True)["gossamer"]["history"]
+    assert len(history["rows"]) == 1
 
     watcher = Watching()
     resumed = train(config, chase(), resume=True, watcher=watcher)
@@ -447,6 +644,7 @@ def test_a_dense_checkpoint_of_another_network_is_named(finished):
         ({"milestones": (1.5,)}, "fractions of the run"),
         ({"threads": 0}, "threads=0"),
         ({"weight_decay": -1.0}, "weight_decay"),
+        ({"threshold_decay": -1.0}, "threshold_decay=-1.0: give at least 0"),
         ({"method": "chaze"}, "did you mean 'chase'"),
     ],
 )

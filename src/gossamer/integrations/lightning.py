@@ -22,6 +22,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from gossamer.measure.topology import TopologyTracker
 from gossamer.sparsifier import Sparsifier
 
 __all__ = ["SparsifyCallback"]
@@ -38,14 +39,20 @@ class SparsifyCallback(Callback):
 
     Args:
         sparsifier: Made on the module's network, before the trainer runs.
-        log: Log `density` and `live_channels`, and show them in the progress bar.
+        log: Log `density` and `live_channels`, and show them in the progress bar; after every
+            epoch also `exploration`, `sad_from_start` and `sad_since_last` (per weight).
+
+    Attributes:
+        topology: Has seen all changes of the supports. With `log` it is checked after every epoch;
+            otherwise check it when you like.
     """
 
     def __init__(self, sparsifier: Sparsifier, *, log: bool = True) -> None:
         self.sparsifier = sparsifier
         self._log = log
+        self.topology = TopologyTracker(sparsifier.supports())
         self._steps = 0
-        self._revision = -1
+        self._revision = sparsifier.revision
         self._figures: dict[str, float] = {}
 
     @property
@@ -54,8 +61,8 @@ class SparsifyCallback(Callback):
         return "gossamer.Sparsifier"
 
     def state_dict(self) -> dict[str, Any]:
-        """The Sparsifier's state: plain data."""
-        return self.sparsifier.state_dict()
+        """The Sparsifier's state, and the tracker's: plain data and tensors."""
+        return {**self.sparsifier.state_dict(), "topology": self.topology.state_dict()}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that trainer and Sparsifier fit; see to it that a checkpoint's widths come first.
@@ -108,19 +115,34 @@ class SparsifyCallback(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Step the Sparsifier if the optimizer made a step, and log how sparse the network is."""
+        """Step the Sparsifier if the optimizer made a step; look at what came of it, and log it."""
         made = trainer.global_step - self._steps
         self._steps = trainer.global_step
         if made and pl_module.automatic_optimization:
             self.sparsifier.step(trainer.optimizers[0])
+        if self._revision != self.sparsifier.revision:
+            self._revision = self.sparsifier.revision
+            self.topology.observe(self.sparsifier.supports())
+            self._figures = {}
         if self._log:
-            if self._revision != self.sparsifier.revision:
-                self._revision = self.sparsifier.revision
+            if not self._figures:
                 self._figures = {
                     "density": self.sparsifier.density,
                     "live_channels": float(self.sparsifier.live_channels),
                 }
             pl_module.log_dict(self._figures, prog_bar=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log how far the topology has moved."""
+        if self._log:
+            check = self.topology.check(self.sparsifier.step_count, self.sparsifier.supports())
+            pl_module.log_dict(
+                {
+                    "exploration": check.total.exploration,
+                    "sad_from_start": check.total.from_start.per_weight,
+                    "sad_since_last": check.total.since_last.per_weight,
+                }
+            )
 
     def _restore(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("callbacks", {}).get(self.state_key)
@@ -133,3 +155,5 @@ class SparsifyCallback(Callback):
         if trainer.state.fn != TrainerFn.FITTING and same_widths and self.sparsifier.step_count:
             return  # testing the network that was just trained
         self.sparsifier.load_state_dict(state)
+        self.topology.load_state_dict(state.get("topology", {}))
+        self._revision, self._figures = self.sparsifier.revision, {}

@@ -1,20 +1,24 @@
 """What a network costs and does, measured: MACs, bytes, latency, pattern and topology."""
 
+from gossamer.measure.channels import ChannelStats, channel_stats
 from gossamer.measure.latency import LatencyComparison, compare_latency
 from gossamer.measure.macs import Account, TrainingMacs, account, bytes_on_disk, training_products
 from gossamer.measure.pattern import PatternReport, check_nm
-from gossamer.measure.topology import Sad, SadCheck, SadTracker, sad
+from gossamer.measure.topology import Sad, Topology, TopologyCheck, TopologyTracker, sad
 
 __all__ = [
     "Account",
+    "ChannelStats",
     "LatencyComparison",
     "PatternReport",
     "Sad",
-    "SadCheck",
-    "SadTracker",
+    "Topology",
+    "TopologyCheck",
+    "TopologyTracker",
     "TrainingMacs",
     "account",
     "bytes_on_disk",
+    "channel_stats",
     "check_nm",
     "compare_latency",
     "sad",

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gossamer.method import Cost, Method, Progress, check_choice, check_range
+from gossamer.control import Targeted
+from gossamer.method import Cost, Progress, check_choice, check_range
 from gossamer.site import Place, Site
-from gossamer.sparse_weight import SparseWeight, threshold_shape
+from gossamer.sparse_weight import LearnedThreshold, threshold_shape
 from gossamer.surrogates import long_tailed_step
 
 __all__ = ["DST", "Thresholded", "threshold_penalty"]
@@ -34,9 +35,6 @@ GRANULARITIES = ("row", "layer", "weight")
 # comes here; one that was thrown here is drawn back, not to 1e15 in a step, and nothing overflows.
 _TANGENT_BELOW = -10.0
 
-# Supports change at every step; counting them each time would cost more than the counts are worth.
-_ACCOUNTS_PER_RUN = 1000
-
 
 def threshold_penalty(threshold: Tensor) -> Tensor:
     """R(t) = sum exp(-t), 0-d; the tangent at -10 for thresholds below."""
@@ -44,7 +42,7 @@ def threshold_penalty(threshold: Tensor) -> Tensor:
     return (torch.exp(-bounded) * (1 + (bounded - threshold))).sum()
 
 
-class Thresholded(SparseWeight):
+class Thresholded(LearnedThreshold):
     """Effective weight = latent weight where its magnitude exceeds a trainable threshold.
 
     The latent weight lives on below the threshold, and may come back.
@@ -65,17 +63,32 @@ class Thresholded(SparseWeight):
         """Where the magnitude exceeds the threshold."""
         return weight.abs() > self.threshold
 
+    def figures(self) -> dict[str, Tensor]:
+        """Thresholds."""
+        return {"threshold": self.threshold}
+
+    @property
+    def raw(self) -> nn.Parameter:
+        """The threshold itself."""
+        return self.threshold
+
+    def reach(self, magnitude: Tensor) -> Tensor:
+        """The magnitude itself."""
+        return magnitude
+
 
 @dataclass(frozen=True, kw_only=True)
-class DST(Method):
+class DST(Targeted):
     """Magnitude pruning with trained thresholds; training finds each layer's density.
 
     Args:
         alpha: Weight of the penalty that raises thresholds; the one knob for sparsity. The paper
-            has 5e-6 for CIFAR-10 networks at lr 0.1, 5e-4 for LeNets at lr 0.01.
+            has 5e-6 for CIFAR-10 networks at lr 0.1, 5e-4 for LeNets at lr 0.01. Not used with a
+            `target_density`.
         granularity: One threshold per "row" (neuron or filter), "layer" or "weight".
         reset_below: A layer that keeps less than this share of its weights starts again at
-            threshold 0, its optimizer state cleared; 0 never resets.
+            threshold 0, its optimizer state cleared; 0 never resets. Not used with a
+            `target_density`, which leaves every layer a share.
         clamp: Keep thresholds from going below 0, where they prune nothing.
     """
 
@@ -85,6 +98,7 @@ class DST(Method):
     clamp: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(self, "alpha", 0, math.inf)
         check_choice(self, "granularity", GRANULARITIES)
         check_range(self, "reset_below", 0, 1)
@@ -103,16 +117,14 @@ class DST(Method):
         """A weight of zeros stays dense: below its threshold with no gradient, it would stay 0."""
         return None if place.weight.any() else "is all zeros, to which DST passes no gradient"
 
-    def budget(self, shapes: Sequence[torch.Size]) -> list[int]:
-        """All weights: training starts dense, and alpha decides where it ends."""
-        return [shape.numel() for shape in shapes]
-
     def attach(self, weight: nn.Parameter, count: int, generator: torch.Generator) -> Thresholded:
         """Thresholds of 0."""
         return Thresholded(weight, self.granularity)
 
-    def penalty(self, sites: Sequence[Site]) -> Tensor:
-        """`alpha * sum(exp(-t))` over all thresholds."""
+    def penalty(self, sites: Sequence[Site]) -> Tensor | None:
+        """`alpha * sum(exp(-t))` over all thresholds; none with a target density."""
+        if self.target_density is not None:
+            return None
         return self.alpha * threshold_penalty(torch.cat([_threshold(s).flatten() for s in sites]))
 
     def advance(
@@ -126,7 +138,7 @@ class DST(Method):
             threshold = _threshold(site)
             if self.clamp:
                 threshold.clamp_(min=0)
-            if self.reset_below > 0:
+            if self.reset_below > 0 and self.target_density is None:
                 # Compared into floats, as in the forward; a bool support takes four times as long.
                 kept = site.weight.abs().gt_(threshold).mean(dtype=torch.float32)
                 collapsed = kept < self.reset_below
@@ -134,8 +146,7 @@ class DST(Method):
                 for tensor in (threshold, *state.values()):
                     if isinstance(tensor, Tensor) and tensor.shape == threshold.shape:
                         tensor.masked_fill_(collapsed, 0)
-        step, total = progress
-        return step % max(1, total // _ACCOUNTS_PER_RUN) == 0 or step == total
+        return super().advance(sites, progress, optimizer)
 
 
 def _threshold(site: Site) -> nn.Parameter:

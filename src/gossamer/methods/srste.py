@@ -153,7 +153,7 @@ class SRSTE(Method):
                 sparse.refresh(site.weight)
             elif progress.step == 0:
                 sparse.open()
-        return progress.step == start
+        return due and progress._replace(step=progress.step - start).look_due(self.refresh_interval)
 
     # ------------------------------------------------------------------ schedule
 
@@ -190,7 +190,7 @@ class SRSTE(Method):
                 f"SRSTE: lam={self.lam} was tuned for SGD, and {name} rescales it weight by "
                 'weight. Tune it: in gradient mode start at 1e-2, with mode="decoupled" at 1, and '
                 "choose the smallest value with which masks come to rest by the end of training "
-                "(gossamer.measure.SadTracker)",
+                "(gossamer.measure.TopologyTracker)",
                 stacklevel=2,
             )
 

@@ -10,12 +10,14 @@ import sys
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gossamer
-from gossamer.registry import METHODS
+from gossamer.registry import METHODS, method_info
 
 if TYPE_CHECKING:
+    from gossamer.train.catalogue import Entry
     from gossamer.train.engine import Watcher
     from gossamer.train.flags import Request
 
@@ -24,7 +26,9 @@ __all__ = ["main"]
 _HELP = """\
 commands:
   train     train one network sparse, cut it, and report (gossamer train --help)
-  methods   list the sparse training methods
+  compare   several methods, densities and seeds, one table (gossamer compare --help)
+  analyze   what training did to a run's channels, and what cutting them would cost
+  methods   list the sparse training methods, or show the card of one
 
 example:
   gossamer train --method chase --density 0.1 --channel_sparsity 0.5 --model vgg-small --baseline
@@ -38,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     cannot be understood. 130: interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "methods": _methods}
+    commands = {
+        "train": _train,
+        "compare": _compare,
+        "analyze": _analyze,
+        "methods": _methods,
+    }
     try:
         if argv and argv[0] in commands:
             return commands[argv[0]](argv[1:])
@@ -72,22 +81,71 @@ def _no_command(argv: list[str], commands: list[str]) -> int:
 def _methods(argv: list[str]) -> int:
     parser = ArgumentParser(
         prog="gossamer methods",
-        description="List the sparse training methods.",
-        epilog="example:\n  gossamer methods --json",
+        description="List the sparse training methods, or show the card of one.",
+        epilog="examples:\n  gossamer methods\n  gossamer methods chase",
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print the list as JSON")
-    if parser.parse_args(argv).json:
-        rows = [
-            {"name": info.name, "summary": info.summary, "paper": info.paper}
-            for info in METHODS.values()
-        ]
-        print(json.dumps(rows, indent=2))
+    parser.add_argument("name", nargs="?", help="method whose card to show")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+    wanted = parser.parse_args(argv)
+
+    from gossamer.train.catalogue import DENSITY, card, entry
+
+    if wanted.name is None:
+        entries = [entry(info) for info in METHODS.values()]
+        if wanted.json:
+            print(json.dumps([each.to_dict() for each in entries], indent=2))
+        else:
+            _list(entries)
+            print(
+                f"\ntraining MACs: of a whole run, as a share of dense training's; at density "
+                f"{DENSITY} where one can be\nset, on a network that uses every weight equally "
+                "often. `gossamer methods NAME` shows a method's card."
+            )
         return 0
-    width = max(map(len, METHODS))
-    for info in METHODS.values():
-        print(f"{info.name:<{width}}  {info.summary}\n{'':<{width}}  {info.paper}")
+    try:
+        info = method_info(wanted.name)
+        text = card(info.name)
+    except ValueError as error:
+        return _fail(2, error)
+    except OSError as error:
+        return _fail(1, error)
+    if wanted.json:
+        print(json.dumps(entry(info).to_dict() | {"card": text}, indent=2))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        console = Console()
+        console.print(Markdown(text), width=min(console.width, 100))
+    else:
+        print(text, end="")
     return 0
+
+
+def _list(entries: Sequence[Entry]) -> None:
+    if sys.stdout.isatty():
+        from rich.box import HORIZONTALS
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=HORIZONTALS, show_lines=True)
+        for title, ratio in (("method", 0), ("what it does", 3), ("training MACs", 2)):
+            table.add_column(title, ratio=ratio or None)
+        for each in entries:
+            about = Text.assemble(each.summary, "\n", (each.paper, "dim"))
+            if each.needs:
+                about.append(f"\nneeds {', '.join(each.needs)}")
+            table.add_row(each.name, about, each.cost)
+        Console().print(table)
+        return
+    width = max(len(each.name) for each in entries)
+    for each in entries:
+        lines = [each.summary, each.paper]
+        lines += [f"needs {', '.join(each.needs)}"] if each.needs else []
+        lines += [f"training MACs {each.cost}"]
+        print(f"{each.name:<{width}}  " + f"\n{'':<{width}}  ".join(lines))
 
 
 def _train(argv: list[str]) -> int:
@@ -121,15 +179,105 @@ def _train(argv: list[str]) -> int:
     return 0
 
 
-def _run(request: Request) -> dict[str, Any]:
-    from gossamer.train.run import train
+def _compare(argv: list[str]) -> int:
+    parser = ArgumentParser(
+        prog="gossamer compare",
+        description="Train several methods at several densities and seeds, and their dense twin.",
+        epilog="example:\n  gossamer compare recipes/digits-compare.yaml\n\nThe file lists "
+        "`methods`, `densities` and `seeds`, and has the settings of gossamer train\nthat all "
+        "share. What is finished is not run again; after an interruption the same\ncommand goes "
+        "on.",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", metavar="FILE", help="YAML file that says what to compare")
+    parser.add_argument("--out", metavar="DIR", help="folder (default: runs/<name of FILE>)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="cells to train at a time (default: cores / threads; 1 on a GPU)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the rows of all cells as JSON")
+    wanted = parser.parse_args(argv)
+    if wanted.jobs is not None and wanted.jobs < 1:
+        return _fail(2, f"--jobs {wanted.jobs}: give at least 1")
 
-    # Lightning's hints are for people who write Lightning code.
+    from gossamer.train.compare import compare, failures, means, read
+    from gossamer.train.flags import UsageError
+    from gossamer.train.report import HEADER
+
+    try:
+        comparison = read(Path(wanted.file), wanted.out)
+        rows = compare(
+            comparison,
+            jobs=wanted.jobs,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    except UsageError as error:
+        return _fail(2, error)
+    except (ValueError, OSError) as error:
+        return _fail(1, error)
+    except KeyboardInterrupt:
+        out = "" if wanted.out is None else f" --out {shlex.quote(wanted.out)}"
+        print(
+            f"\ninterrupted; to go on:\n    gossamer compare {shlex.quote(wanted.file)}{out}",
+            file=sys.stderr,
+        )
+        return 130
+    failed = failures(rows)
+    if wanted.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print(f"\n{rows[0]['model']} on {rows[0]['data']}\n{HEADER}")
+        _print_table(means(rows, narrow=True))
+        print(f"everything is in {comparison.folder}: compare.md, results.csv, accuracy.svg, ...")
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _analyze(argv: list[str]) -> int:
+    parser = ArgumentParser(
+        prog="gossamer analyze",
+        description="Say how unevenly training has spread the weights of a finished run over the "
+        "channels,\nagainst chance, and what cutting the weakest would do to the outputs.",
+        epilog="example:\n  gossamer analyze runs/digits-vgg-small-chase-s0",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="folder that gossamer train wrote")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    wanted = parser.parse_args(argv)
+
+    from gossamer.train.analyze import analyze, cut_table, layer_table, statement
+
+    _quiet()
+    try:
+        found = analyze(Path(wanted.run))
+    except (ValueError, OSError) as error:
+        return _fail(1, error)
+    if wanted.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    _print_table(layer_table(found))
+    if found["cuts"]:
+        print()
+        _print_table(cut_table(found))
+    print(f"\n{statement(found)}\nall of it is in {wanted.run}: analysis.md, .json, .svg")
+    return 0
+
+
+def _quiet() -> None:
+    """Lightning's hints are for people who write Lightning code."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
+
+def _run(request: Request) -> dict[str, Any]:
+    from gossamer.train.run import train
+
+    _quiet()
     return train(
         request.config,
         request.method,
@@ -150,26 +298,17 @@ def _watcher() -> Watcher:
 
 
 def _show(summary: dict[str, Any], request: Request) -> None:
-    from gossamer.measure.macs import align
-    from gossamer.train.report import HEADER, loading, notes, rows
+    from gossamer.train.report import HEADER, loading, moved, moves, notes, rows, untouched
 
     config = request.config
-    lines = rows(summary)
     print(f"\n{config.model} on {config.data}, {config.method}, seed {config.seed}")
     print(HEADER)
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*lines[0])
-        for line in lines[1:]:
-            table.add_row(*line)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        Console().print(table)
-    else:
-        print(align(lines))
-    print(f"\n{notes(summary)}")
+    _print_table(rows(summary))
+    print(f"\n{notes(summary)}\n")
+    path = moves(summary)
+    if len(path) > 1:
+        _print_table(path)
+    print("\n".join(filter(None, [moved(summary), untouched(summary, most=3)])), end="\n\n")
     print(f"everything is in {config.folder}: report.md, summary.json, model.safetensors, ...")
     print("the slim model is loaded with\n")
     print(
@@ -178,6 +317,23 @@ def _show(summary: dict[str, Any], request: Request) -> None:
             for x in loading(summary, str(config.folder / "model.safetensors")).splitlines()
         )
     )
+
+
+def _print_table(lines: Sequence[Sequence[str]]) -> None:
+    from gossamer.measure.macs import align
+
+    if not sys.stdout.isatty():
+        print(align(lines))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*lines[0])
+    for line in lines[1:]:
+        table.add_row(*line)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    Console().print(table)
 
 
 def _fail(code: int, error: object) -> int:

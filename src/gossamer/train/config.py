@@ -21,11 +21,15 @@ from gossamer.registry import METHODS, MethodInfo, method_info
 __all__ = [
     "TrainConfig",
     "check_names",
+    "check_unchanged",
     "from_dict",
     "read_yaml",
     "to_dict",
     "to_yaml",
 ]
+
+# What may differ when a run is resumed: it changes neither network nor schedule.
+_FREE = ("out", "baseline", "threads", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,7 @@ class TrainConfig:
         lr: Highest learning rate.
         momentum: Of sgd.
         weight_decay: On all parameters.
+        threshold_decay: Weight decay of learned thresholds; None: as of all parameters.
         optimizer: "sgd" (with momentum) or "adamw".
         warmup_epochs: Epochs in which the learning rate rises to `lr`.
         schedule: Learning rate after the warm-up: "cosine" to 0, "constant", or "multistep".
@@ -76,6 +81,7 @@ class TrainConfig:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    threshold_decay: float | None = None
     optimizer: Literal["sgd", "adamw"] = "sgd"
     warmup_epochs: int = 0
     schedule: Literal["cosine", "constant", "multistep"] = "cosine"
@@ -107,8 +113,9 @@ class TrainConfig:
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give a value in [0, 1)")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay={self.weight_decay}: give at least 0")
+        for name in ("weight_decay", "threshold_decay"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least 0")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs={self.warmup_epochs} of {self.epochs} epochs leaves none to train "
@@ -147,7 +154,7 @@ def from_dict(values: Mapping[str, Any]) -> tuple[TrainConfig, Method]:
     check_names(values, info)
     theirs = info.cls.hyperparameters()
     settings = {key: _frozen(value) for key, value in values.items() if key not in theirs}
-    hyperparameters = {key: value for key, value in values.items() if key in theirs}
+    hyperparameters = {key: _frozen(value) for key, value in values.items() if key in theirs}
     return TrainConfig(**settings), info.cls(**hyperparameters)
 
 
@@ -167,6 +174,18 @@ def check_names(names: Iterable[str], info: MethodInfo) -> None:
             raise ValueError(
                 f"there is no setting {name!r}{hint}: "
                 f"`gossamer train --method {info.name} --help` lists them"
+            )
+
+
+def check_unchanged(file: Path, config: TrainConfig, method: Method) -> None:
+    """Raise ValueError, with what differs, unless `file` holds the settings of this same run."""
+    before, now = read_yaml(file), to_dict(config, method)
+    for key in (*now, *before):
+        if key not in _FREE and before.get(key) != now.get(key):
+            raise ValueError(
+                f"{file} says {key}: {before.get(key)}, and now it is {now.get(key)}: "
+                "resume with the settings the run was started with, or choose another folder "
+                "with --out"
             )
 
 

@@ -11,7 +11,8 @@ import math
 import pickle
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,20 +26,43 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gossamer.integrations.lightning import SparsifyCallback
+from gossamer.measure.channels import channel_stats
+from gossamer.measure.topology import Topology
 from gossamer.shrink.file import write_whole
+from gossamer.site import Site
 from gossamer.sparsifier import Sparsifier
 from gossamer.train.config import TrainConfig
 from gossamer.train.data import Batches
 from gossamer.train.folder import RunFolder
 from gossamer.train.work import Work
 
-__all__ = ["Row", "Watcher", "fit", "rate"]
+__all__ = ["History", "Row", "Watcher", "fit", "make_optimizer", "rate"]
 
 Row = dict[str, float]
 
 
+@dataclass
+class History:
+    """What is kept of a training. All but `rows` is about supports, and empty for a dense network.
+
+    Attributes:
+        rows: Of metrics.csv: one per epoch.
+        layers: Of layers.csv: one per epoch and sparse layer; epoch 0 is before training.
+        start: The columns of metrics.csv about topology, before training.
+        end: All about the topology of all layers together, after the last epoch.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    start: Row = field(default_factory=dict)
+    end: dict[str, Any] = field(default_factory=dict)
+
+
 class Watcher(Protocol):
     """Who is told how training goes."""
+
+    def noted(self, text: str) -> None:
+        """What is to be known before training."""
 
     def started(self, network: str, epochs: int, steps: int, done: int) -> None:
         """`network` trains for `epochs` of `steps` each, of which `done` were made before."""
@@ -64,8 +88,8 @@ def fit(
     watcher: Watcher,
     sparsifier: Sparsifier | None = None,
     resume: bool = False,
-) -> list[Row]:
-    """Train `model` in place, from its newest checkpoint if `resume`; returns a row per epoch.
+) -> History:
+    """Train `model` in place, from its newest checkpoint if `resume`; returns its history.
 
     A network that has been trained to the end is only loaded.
 
@@ -90,10 +114,11 @@ def fit(
     start = checkpoint if resume and checkpoint.exists() else None
     if start is not None:
         _check(start, model, sparse=sparsifier is not None)
-    module = _Classifier(network, model, config, train, work, watcher, sparsifier)
+    sparsify = None if sparsifier is None else SparsifyCallback(sparsifier, log=False)
+    module = _Classifier(network, model, config, train, work, watcher, sparsify)
     callbacks: list[Callback] = [_SaveEpoch(folder, module)]
-    if sparsifier is not None:
-        callbacks.append(SparsifyCallback(sparsifier, log=False))
+    if sparsify is not None:
+        callbacks.append(sparsify)
     trainer = Trainer(
         accelerator="gpu" if train.images.is_cuda else "cpu",
         devices=1,
@@ -116,7 +141,19 @@ def fit(
         watcher.ended()
         if signal.getsignal(signal.SIGINT) is not on_interrupt:
             signal.signal(signal.SIGINT, on_interrupt)
-    return module.rows
+    return module.history
+
+
+def make_optimizer(
+    config: TrainConfig, model: nn.Module, sparsifier: Sparsifier | None
+) -> torch.optim.Optimizer:
+    """The optimizer of a run, as its first step finds it."""
+    lr, decay = config.lr, config.weight_decay
+    thresholds = {} if config.threshold_decay is None else {"weight_decay": config.threshold_decay}
+    groups = model.parameters() if sparsifier is None else sparsifier.parameter_groups(**thresholds)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, weight_decay=decay)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=decay)
 
 
 class _Classifier(LightningModule):
@@ -130,30 +167,25 @@ class _Classifier(LightningModule):
         batches: Batches,
         work: Work,
         watcher: Watcher,
-        sparsifier: Sparsifier | None,
+        sparsify: SparsifyCallback | None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.rows: list[Row] = []
+        self.history = History()
         self.work = work
         self.network = network
         self._settings = config
         self._batches = batches
         self._watcher = watcher
-        self._sparsifier = sparsifier
+        self._sparsifier = None if sparsify is None else sparsify.sparsifier
+        self._topology = None if sparsify is None else sparsify.topology
         self._started = 0.0
         self._sums = {"train": _Sums(), "val": _Sums()}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer, and a learning rate that changes with every step."""
-        config, sparsifier = self._settings, self._sparsifier
-        groups = self.parameters() if sparsifier is None else sparsifier.parameter_groups()
-        lr, decay = config.lr, config.weight_decay
-        optimizer: torch.optim.Optimizer
-        if config.optimizer == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, weight_decay=decay)
-        else:
-            optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=decay)
+        config = self._settings
+        optimizer = make_optimizer(config, self.model, self._sparsifier)
         steps = len(self._batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: rate(config, step, steps)
@@ -164,9 +196,11 @@ class _Classifier(LightningModule):
         }
 
     def on_train_start(self) -> None:
-        """Tell the watcher what is coming."""
+        """Tell the watcher what is coming; note what training starts from."""
         epochs = self._settings.epochs
         self._watcher.started(self.network, epochs, len(self._batches), self.current_epoch)
+        if self.current_epoch == 0:
+            self.history.start = self._look(0)
 
     def on_train_epoch_start(self) -> None:
         """The epoch's own batches and its own dropout, whatever ran before."""
@@ -184,7 +218,10 @@ class _Classifier(LightningModule):
         loss = F.cross_entropy(logits, labels, label_smoothing=self._settings.label_smoothing)
         self._sums["train"].add(loss, logits, labels)
         self.work.add(len(labels))
-        return loss if self._sparsifier is None else loss + self._sparsifier.penalty()
+        if self._sparsifier is None:
+            return loss
+        self._sparsifier.observe(loss)
+        return loss + self._sparsifier.penalty()
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         """Tell the watcher."""
@@ -209,19 +246,20 @@ class _Classifier(LightningModule):
             "val_loss": val.loss,
             "val_accuracy": val.accuracy,
             **self._sparsity(),
+            **self._look(self.current_epoch + 1),
             "seconds": time.perf_counter() - self._started,
             "macs_training": self.work.total,
         }
-        self.rows.append(row)
+        self.history.rows.append(row)
         self._watcher.epoch_ended(row)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the epochs so far."""
-        checkpoint["gossamer"] = {"rows": self.rows, "work": self.work.state_dict()}
+        checkpoint["gossamer"] = {"history": vars(self.history), "work": self.work.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the epochs so far."""
-        self.rows = list(checkpoint["gossamer"]["rows"])
+        self.history = History(**checkpoint["gossamer"]["history"])
         self.work.load_state_dict(checkpoint["gossamer"]["work"])
 
     def _figures(self) -> Row:
@@ -237,6 +275,59 @@ class _Classifier(LightningModule):
             "live_channels": sparsifier.live_channels,
             "channel_sparsity": sparsifier.channel_sparsity,
         }
+
+    def _look(self, epoch: int) -> Row:
+        """Check the topology: notes the layers' rows, returns the columns for all of them."""
+        sparsifier, tracker = self._sparsifier, self._topology
+        if sparsifier is None or tracker is None:
+            return {}
+        check = tracker.check(sparsifier.step_count, sparsifier.supports())
+        for site in sparsifier.sites:
+            layer = check.layers[site.name]
+            about = {"epoch": epoch, "layer": site.name, "weights": layer.weights}
+            channels = channel_stats(site.effective, site.support)
+            uneven = {
+                "live_channels": layer.live_channels,
+                "channel_spread": channels.by_density.spread,
+                "channel_spread_random": channels.by_density.random,
+                "umm_spread": channels.by_umm.spread,
+                "umm_spread_random": channels.by_umm.random,
+            }
+            self.history.layers.append({**about, **uneven, **_columns(layer, [site])})
+        self.history.end = check.total.to_dict()
+        cumulative = {"sad_cumulative": tracker.sad_cumulative}
+        return {**cumulative, **_columns(check.total, sparsifier.sites)}
+
+
+def _columns(topology: Topology, sites: Sequence[Site]) -> Row:
+    """Columns of metrics.csv, and of layers.csv, about the topology of these sites."""
+    return {
+        "density": topology.density,
+        "sad_from_start": topology.from_start.per_weight,
+        "sad_since_last": topology.since_last.per_weight,
+        "exploration": topology.exploration,
+        "churn": topology.churn,
+        "revived": topology.revived,
+        **_watched(sites),
+    }
+
+
+@torch.no_grad()
+def _watched(sites: Sequence[Site]) -> Row:
+    """What is learned or annealed at these sites: mean, lowest and highest of what is no factor."""
+    found: dict[str, list[Tensor]] = {}
+    for site in sites:
+        for name, values in site.sparse.figures().items():
+            found.setdefault(name, []).append(values)
+    row = {}
+    for name, parts in found.items():
+        values = torch.cat([part.float().flatten() for part in parts])
+        if parts[0].dim() == 0:
+            row[name] = float(values.mean())
+        else:
+            shown = torch.stack([values.mean(), values.min(), values.max()]).tolist()
+            row |= zip((f"{name}_mean", f"{name}_min", f"{name}_max"), shown, strict=True)
+    return row
 
 
 class _Sums:
@@ -289,7 +380,10 @@ class _SaveEpoch(Checkpoint):
         """Write both files."""
         network = self._module.network
         trainer.save_checkpoint(self._folder.checkpoint(network), weights_only=False)
-        self._folder.write_rows(self._folder.metrics(network), self._module.rows)
+        history = self._module.history
+        self._folder.write_rows(self._folder.metrics(network), history.rows)
+        if history.layers:
+            self._folder.write_rows(self._folder.layers, history.layers)
 
 
 class _WholeFiles(CheckpointIO):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,12 @@ from gossamer.sparsifier import Sparsifier
 from gossamer.train.data import Batches
 from gossamer.train.expand import expand, scatter, take
 
-__all__ = ["Delivered", "accuracy", "deliver", "figures", "logits"]
+if TYPE_CHECKING:
+    from gossamer.train.engine import History
+
+__all__ = ["LATENCY_BATCH", "Delivered", "accuracy", "deliver", "figures", "logits", "topology"]
+
+LATENCY_BATCH = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +131,20 @@ def figures(
         "macs_training": macs_training,
         "latency_ms": latency_ms,
     }
+
+
+def topology(history: History) -> dict[str, Any]:
+    """What training did to the supports: where they ended, and the path there in a few points."""
+    epochs = len(history.rows)
+    path = []
+    for epoch in sorted({round(epochs * quarter / 4) for quarter in range(5)}):
+        row = history.start if epoch == 0 else history.rows[epoch - 1]
+        layers = [layer for layer in history.layers if layer["epoch"] == epoch]
+        live = sum(layer["live_channels"] for layer in layers)
+        path.append(
+            {"epoch": epoch, **{key: row[key] for key in history.start}, "live_channels": live}
+        )
+    return {**history.end, "sad_cumulative": history.rows[-1]["sad_cumulative"], "path": path}
 
 
 def logits(model: nn.Module, batches: Batches) -> Tensor:

@@ -6,7 +6,7 @@ import re
 import textwrap
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -19,8 +19,9 @@ from gossamer.registry import MethodInfo, method_info
 from gossamer.train.config import TrainConfig, check_names, from_dict, read_yaml
 from gossamer.train.folder import CHECKPOINTS, CONFIG
 from gossamer.train.models import model_names
+from gossamer.train.trace import dense_losses
 
-__all__ = ["Request", "UsageError", "parse"]
+__all__ = ["Request", "UsageError", "parse", "typed"]
 
 _EXAMPLES = """\
 examples:
@@ -39,6 +40,7 @@ _SWITCHES = (
 )
 _NOT_SETTINGS = {
     "config",
+    "dense_trace",
     "help",
     "sparsity",
     *(name for name, _ in _SWITCHES),
@@ -85,10 +87,17 @@ def parse(argv: Sequence[str]) -> Request:
     try:
         info = method_info(name)
         check_names(given.keys() - _NOT_SETTINGS, info)
+        if "dense_trace" in given:
+            check_names(["dense_losses"], info)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if "methods" in in_file:
+        raise UsageError(
+            f"{given['config']} lists several methods: gossamer compare {given['config']}"
+        )
     try:
         check_names(in_file.keys() - {"sparsity"}, info)
+        _check_lists(in_file, info)
     except ValueError as error:
         raise UsageError(f"{given['config']}: {error}") from error
     parser = _parser(info)
@@ -105,8 +114,40 @@ def parse(argv: Sequence[str]) -> Request:
         folder = Path(given["config"]).parent
         if Path(given["config"]).name == CONFIG and (folder / CHECKPOINTS).is_dir():
             values["out"] = str(folder)  # where the run is now, wherever it was started
+    trace = values.pop("dense_trace", None)
     config, method = from_dict(values)
+    if trace is not None:
+        if values["dense_losses"]:
+            raise UsageError("dense_trace and dense_losses say the same: give one of them")
+        losses = dense_losses(Path(trace), config, values["tune_end"])
+        config, method = from_dict({**values, "dense_losses": losses})
     return Request(config, method, resume, overwrite, as_json)
+
+
+def typed(values: Mapping[str, Any]) -> tuple[TrainConfig, Method]:
+    """The settings of one run, as a YAML file has them, each as the type it must have.
+
+    Raises:
+        UsageError: An unknown name, or a value of another type.
+        ValueError: A value that is refused.
+    """
+    try:
+        info = method_info(str(values.get("method", TrainConfig.method)))
+        check_names(values, info)
+        _check_lists(values, info)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    parsed = _parser(info).parse_object(dict(values)).as_dict()
+    return from_dict({name: parsed[name] for name in parsed.keys() - _NOT_SETTINGS})
+
+
+def _check_lists(values: Mapping[str, Any], info: MethodInfo) -> None:
+    """Raise ValueError where a list is wanted and something else is given."""
+    hints = get_type_hints(TrainConfig) | get_type_hints(info.cls)
+    for name, value in values.items():
+        kind = _plain(hints.get(name))
+        if get_origin(kind) is tuple and not isinstance(value, list | None):
+            raise ValueError(f"{name}: got {value!r}; wanted a list, [{value}]")
 
 
 def _given(argv: Sequence[str]) -> dict[str, str]:
@@ -156,6 +197,9 @@ def _parser(info: MethodInfo) -> _Parser:
     _add(method, info.cls)
     if "density" in info.cls.hyperparameters():
         method.add_argument("--sparsity", type=float, metavar="float", help="1 - density")
+    if "dense_losses" in info.cls.hyperparameters():
+        text = "take dense_losses from a run made with --baseline, for as many epochs as tune_end"
+        method.add_argument("--dense_trace", metavar="RUN_FOLDER", help=text)
     return parser
 
 
@@ -167,7 +211,9 @@ def _add(group: Any, cls: type, more: Mapping[str, str] = MappingProxyType({})) 
     hints = get_type_hints(cls)
     texts = {
         param.arg_name: " ".join((param.description or "").split())
-        for param in docstring_parser.parse(cls.__doc__ or "").params
+        for base in cls.__mro__
+        if is_dataclass(base)
+        for param in docstring_parser.parse(base.__doc__ or "").params
     }
     for field in fields(cls):
         kind, default = _plain(hints[field.name]), field.default

@@ -2,6 +2,7 @@
 
 config.yaml          repeats the run
 metrics.csv          one row per epoch (metrics-dense.csv: the dense twin's)
+layers.csv           one row per epoch and sparse layer, of the sparse network
 checkpoints/         sparse.ckpt, dense.ckpt: resumable, after every epoch
 model.safetensors    the slim model, with the plan that cuts the full-width class to it
 summary.json         the figures; written last
@@ -35,6 +36,7 @@ class RunFolder:
         self.model = path / "model.safetensors"
         self.summary = path / "summary.json"
         self.report = path / "report.md"
+        self.layers = path / "layers.csv"
 
     def metrics(self, network: str) -> Path:
         """CSV of the "sparse" or the "dense" network's epochs."""
@@ -46,7 +48,7 @@ class RunFolder:
 
     def existing(self) -> list[Path]:
         """What a run has written here so far."""
-        files = [self.config, self.model, self.summary, self.report]
+        files = [self.config, self.model, self.summary, self.report, self.layers]
         files += [self.metrics(network) for network in ("sparse", "dense")]
         return [path for path in (*files, self.path / CHECKPOINTS) if path.exists()]
 

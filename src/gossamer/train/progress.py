@@ -33,6 +33,10 @@ class Bar:
         self._shown = 0.0
         self._val = ""
 
+    def noted(self, text: str) -> None:
+        """Print it above the bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def started(self, network: str, epochs: int, steps: int, done: int) -> None:
         """Show the bar."""
         columns: list[ProgressColumn] = [
@@ -89,6 +93,10 @@ class Lines:
         self._write = write
         self._network = ""
         self._epochs = 0
+
+    def noted(self, text: str) -> None:
+        """Write it."""
+        self._write(text)
 
     def started(self, network: str, epochs: int, steps: int, done: int) -> None:
         """Say where it starts, when not at the start."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,18 @@ import yaml
 
 from gossamer.measure.macs import Account
 
-__all__ = ["HEADER", "LEGEND", "loading", "markdown", "notes", "rows"]
+__all__ = [
+    "HEADER",
+    "LEGEND",
+    "loading",
+    "markdown",
+    "moved",
+    "moves",
+    "notes",
+    "rows",
+    "table",
+    "untouched",
+]
 
 HEADER = "MACs are multiply-adds for one image (FLOPs are 2 per MAC); ratios are to dense"
 LEGEND = """\
@@ -26,6 +38,26 @@ LEGEND = """\
 - MACs training: of the whole run, forward and both backward products, those that the method's
   zeros allow to skip left out.
 """
+TOPOLOGY_LEGEND = """\
+- density: share of the sparse layers' weights that is kept (on the support).
+- live output channels: those that keep a weight, of all sparse layers.
+- SAD: weights that exactly one of two supports keeps; as a share of all weights.
+- exploration: share of the weights that was ever kept (ITOP's R_s).
+- churn: share of the kept weights that was not kept an epoch before.
+- revived: of the weights that were ever dropped, the share that is kept.
+
+layers.csv has them for every layer and epoch."""
+
+# Rows of the path: title and format.
+_PATH = {
+    "density": ("density", "{:.4f}"),
+    "live_channels": ("live output channels", "{:,.0f}"),
+    "sad_from_start": ("SAD from the start", "{:.4f}"),
+    "sad_since_last": ("SAD since the epoch before", "{:.4f}"),
+    "exploration": ("exploration", "{:.4f}"),
+    "churn": ("churn", "{:.4f}"),
+    "revived": ("revived", "{:.4f}"),
+}
 
 
 def rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -81,6 +113,54 @@ def notes(summary: Mapping[str, Any]) -> str:
     return text
 
 
+def moves(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What training did to the supports, with its head: a row per figure that did not stay."""
+    path = summary["topology"]["path"]
+    lines = [("after epoch", *(str(row["epoch"] or "start") for row in path))]
+    others = [key for key in path[0] if key not in ("epoch", "sad_cumulative", *_PATH)]
+    for key in (*_PATH, *others):
+        title, shown = _PATH.get(key, (key.replace("_", ", "), "{:.3g}"))
+        cells = [shown.format(row[key]) for row in path]
+        if len(set(cells)) > 1:
+            lines.append((title, *cells))
+    return lines
+
+
+def moved(summary: Mapping[str, Any]) -> str:
+    """How far the supports have moved in all."""
+    topology = summary["topology"]
+    end, total = topology["from_start"], topology["sad_cumulative"]
+    if not total:
+        return "The supports stayed as they were at the start."
+    return (
+        f"SAD from the start: {end['changed']:,} of {end['weights']:,} weights, "
+        f"{end['relative']:.4f} of the most that such supports can differ. Its sum from epoch to "
+        f"epoch: {total:.4f} of all weights."
+    )
+
+
+def untouched(summary: Mapping[str, Any], most: int | None = None) -> str:
+    """Which layers were left dense and which keep all their channels, and why; a line per reason.
+
+    Args:
+        summary: Of the run.
+        most: Names per line, and lines of either kind, to show; None: all.
+    """
+    lines = []
+    for title, key in (("left dense", "left_dense"), ("all channels kept", "locked")):
+        names = defaultdict(list)
+        for name, reason in summary[key].items():
+            names[reason].append(name)
+        for reason, layers in list(names.items())[:most]:
+            rest = layers[most:] if most else []
+            more = f" and {len(rest)} more" if rest else ""
+            lines.append(f"{title}: {', '.join(layers[:most])}{more} - {reason}")
+        if most and len(names) > most:
+            others = sum(map(len, list(names.values())[most:]))
+            lines.append(f"{title}: {others} more, for other reasons (report.md)")
+    return "\n".join(lines)
+
+
 def loading(summary: Mapping[str, Any], file: str) -> str:
     """Three lines of Python that load the slim model."""
     model = summary["model"]
@@ -121,7 +201,7 @@ def markdown(
 
 {HEADER}.
 
-{_table(rows(summary))}
+{table(rows(summary))}
 
 {notes(summary)}
 
@@ -130,6 +210,10 @@ Latency: median of {conditions["rounds"]} interleaved rounds; {conditions["mode"
 {conditions["torch"]}, {conditions["dtype"]}, batch {conditions["batch"]}, \
 {conditions["memory_format"]}, {conditions["threads"]} threads, {where}. Ratios are medians over \
 the rounds.
+
+## What training did
+
+{_topology(summary)}
 
 ## The slim model
 
@@ -142,7 +226,7 @@ summary.json.
 
 ## Layers
 
-{_table(layers)}
+{table(layers)}
 
 ## Settings
 
@@ -151,7 +235,23 @@ summary.json.
 """
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
+def _topology(summary: Mapping[str, Any]) -> str:
+    """The section of report.md about supports, and about what was left alone."""
+    parts = []
+    if summary["forecast"] is not None:
+        parts.append(f"Forecast: {summary['forecast']}.")
+    lines = moves(summary)
+    if len(lines) > 1:
+        parts += [table(lines), TOPOLOGY_LEGEND]
+    parts.append(moved(summary))
+    left = untouched(summary).splitlines()
+    if left:
+        parts.append("\n".join(f"- {line}" for line in left))
+    return "\n\n".join(parts)
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, the first of them the head, as a Markdown table."""
     head, *body = lines
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))

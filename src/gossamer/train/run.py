@@ -4,34 +4,49 @@ from __future__ import annotations
 
 import json
 import platform
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import gossamer
+from gossamer.control import Targeted
+from gossamer.forecast import forecast, forecastable
 from gossamer.measure.latency import compare_latency
 from gossamer.measure.macs import account
 from gossamer.method import Method
 from gossamer.shrink.file import save
 from gossamer.sparsifier import Sparsifier
-from gossamer.train.config import TrainConfig, read_yaml, to_dict, to_yaml
+from gossamer.train.config import (
+    TrainConfig,
+    check_unchanged,
+    from_dict,
+    read_yaml,
+    to_dict,
+    to_yaml,
+)
 from gossamer.train.data import Batches, Split, load_data
-from gossamer.train.engine import Row, Watcher, fit
-from gossamer.train.figures import Delivered, accuracy, deliver, figures, logits
+from gossamer.train.engine import History, Row, Watcher, fit, make_optimizer, rate
+from gossamer.train.figures import (
+    LATENCY_BATCH,
+    Delivered,
+    accuracy,
+    deliver,
+    figures,
+    logits,
+    topology,
+)
 from gossamer.train.folder import RunFolder
 from gossamer.train.models import build_model
 from gossamer.train.report import markdown
 from gossamer.train.work import Work
 
-__all__ = ["train"]
-
-_LATENCY_BATCH = 32
-# What may differ when a run is resumed: it changes neither network nor schedule.
-_FREE = ("out", "baseline", "threads", "device")
+__all__ = ["Restored", "restore", "train"]
 
 
 def train(
@@ -73,6 +88,44 @@ def train(
         return _Run(config, method, folder, watcher or _Silent(), resume, overwrite).go()
 
 
+@dataclass(frozen=True)
+class Restored:
+    """A finished run, to look at.
+
+    Attributes:
+        method: It was trained with.
+        sparsifier: Of the sparse network, as training left it.
+        example: An input of the network.
+        val: The validation images.
+    """
+
+    method: Method
+    sparsifier: Sparsifier
+    example: Tensor
+    val: Batches
+
+
+def restore(path: Path) -> Restored:
+    """Load the sparse network of the finished run in folder `path`, before it was finalized.
+
+    Raises:
+        ValueError: The folder holds no finished run.
+        OSError: A file could not be read.
+    """
+    folder = RunFolder(path)
+    if not folder.config.exists():
+        raise ValueError(f"{path} holds no run: give the folder that `gossamer train` wrote")
+    if not folder.summary.exists() or not folder.checkpoint("sparse").exists():
+        raise ValueError(
+            f"the run in {path} has not ended: "
+            f"`gossamer train --resume --out {path}` goes on with it"
+        )
+    config, method = from_dict(read_yaml(folder.config) | {"out": str(path)})
+    with _threads(config.threads):
+        run = _Run(config, method, folder, _Silent(), resume=True, overwrite=False)
+        return Restored(method, run.trained(), run.example, run.val)
+
+
 class _Run:
     """The steps of one run, on what all of them share: data, device, folder."""
 
@@ -106,7 +159,50 @@ class _Run:
         """Train what is asked for and write everything; returns the summary."""
         config, folder = self.config, self.folder
         model = self._model()
-        sparsifier = Sparsifier(
+        sparsifier = self._sparsifier(model)
+        if config.threshold_decay is not None and len(sparsifier.parameter_groups()) == 1:
+            raise ValueError(
+                f"threshold_decay={config.threshold_decay}: {config.method} learns no thresholds: "
+                "leave it out"
+            )
+        # All that can be wrong with the settings was found by now: an old run may go.
+        if self.overwrite:
+            folder.clear()
+        folder.write_text(folder.config, to_yaml(config, self.method))
+
+        told = self._forecast(model, sparsifier)
+        if told is not None:
+            self.watcher.noted(f"forecast: {told}")
+        history = {"sparse": self._fit("sparse", model, sparsifier)}
+        delivered = deliver(sparsifier, self._model(), self.example)
+        save(folder.model, delivered.slim, delivered.plan)
+        twin = None
+        if config.baseline:
+            twin = self._model()
+            history["dense"] = self._fit("dense", twin, None)
+
+        summary = self._summary(delivered, twin, history) | {
+            "forecast": told,
+            "topology": topology(history["sparse"]),
+            "left_dense": sparsifier.left_dense,
+            "locked": sparsifier.locked,
+        }
+        sizes = {name: delivered.account(name, self.example) for name in ("sparse", "slim")}
+        text = markdown(summary, to_dict(config, self.method), sizes["sparse"], sizes["slim"])
+        folder.write_text(folder.report, text)
+        folder.write_json(folder.summary, summary)
+        return summary
+
+    def trained(self) -> Sparsifier:
+        """Of the sparse network, as a run that has ended left it."""
+        model = self._model()
+        sparsifier = self._sparsifier(model)
+        self._fit("sparse", model, sparsifier)
+        return sparsifier
+
+    def _sparsifier(self, model: nn.Module) -> Sparsifier:
+        config = self.config
+        return Sparsifier(
             model,
             self.method,
             total_steps=config.epochs * len(self._train_batches()),
@@ -117,27 +213,21 @@ class _Run:
             cut=config.cut,
             seed=config.seed,
         )
-        # All that can be wrong with the settings was found by now: an old run may go.
-        if self.overwrite:
-            folder.clear()
-        folder.write_text(folder.config, to_yaml(config, self.method))
 
-        sparse_rows = self._fit("sparse", model, sparsifier)
-        delivered = deliver(sparsifier, self._model(), self.example)
-        save(folder.model, delivered.slim, delivered.plan)
-        rows, twin = {"sparse": sparse_rows}, None
-        if config.baseline:
-            twin = self._model()
-            rows["dense"] = self._fit("dense", twin, None)
+    def _forecast(self, model: nn.Module, sparsifier: Sparsifier) -> str | None:
+        """What the schedule implies for thresholds, where weight decay is what raises them."""
+        config, steps = self.config, len(self._train_batches())
+        targeted = isinstance(self.method, Targeted) and self.method.target_density is not None
+        if targeted or not forecastable(sparsifier.sites):
+            return None
+        optimizer = make_optimizer(config, model, sparsifier)
+        lrs = [config.lr * rate(config, step, steps) for step in range(config.epochs * steps)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the text says it
+            found = forecast(sparsifier.sites, optimizer, lrs)
+        return f"no sparsity can appear: {found}" if found.futile else str(found)
 
-        summary = self._summary(delivered, twin, rows)
-        sizes = {name: delivered.account(name, self.example) for name in ("sparse", "slim")}
-        text = markdown(summary, to_dict(config, self.method), sizes["sparse"], sizes["slim"])
-        folder.write_text(folder.report, text)
-        folder.write_json(folder.summary, summary)
-        return summary
-
-    def _fit(self, network: str, model: nn.Module, sparsifier: Sparsifier | None) -> list[Row]:
+    def _fit(self, network: str, model: nn.Module, sparsifier: Sparsifier | None) -> History:
         work = Work(model, self.example, sparsifier)
         return fit(
             network,
@@ -153,7 +243,7 @@ class _Run:
         )
 
     def _summary(
-        self, delivered: Delivered, twin: nn.Module | None, rows: Mapping[str, list[Row]]
+        self, delivered: Delivered, twin: nn.Module | None, history: Mapping[str, History]
     ) -> dict[str, Any]:
         networks = {} if twin is None else {"dense": twin}
         networks |= {"sparse": delivered.sparse, "slim": delivered.slim}
@@ -165,6 +255,7 @@ class _Run:
         for model in networks.values():
             model.cpu()
 
+        rows = {name: own.rows for name, own in history.items()}
         full = self._model()
         reference = account(full, self.example)
         steps = len(rows["sparse"]) * len(self._train_batches()) * self.config.batch_size
@@ -274,13 +365,15 @@ class _Run:
         )
 
     def _latency_images(self) -> Tensor:
-        images = torch.cat([images for images, _ in self.test])[:_LATENCY_BATCH]
+        images = torch.cat([images for images, _ in self.test])[:LATENCY_BATCH]
         memory = torch.channels_last if self.config.channels_last else torch.contiguous_format
         return images.contiguous(memory_format=memory)
 
 
 class _Silent:
     """A watcher that says nothing."""
+
+    def noted(self, text: str) -> None: ...
 
     def started(self, network: str, epochs: int, steps: int, done: int) -> None: ...
 
@@ -299,14 +392,7 @@ def _check_resumable(folder: RunFolder, config: TrainConfig, method: Method) -> 
             f"there is no run to resume in {folder.path} (no {folder.config.name}): name its "
             "folder with --out, or start one without --resume"
         )
-    before, now = read_yaml(folder.config), to_dict(config, method)
-    for key in (*now, *before):
-        if key not in _FREE and before.get(key) != now.get(key):
-            raise ValueError(
-                f"{folder.config} says {key}: {before.get(key)}, and now it is {now.get(key)}: "
-                "resume with the settings the run was started with, or choose another folder "
-                "with --out"
-            )
+    check_unchanged(folder.config, config, method)
 
 
 def _device(name: str) -> torch.device:

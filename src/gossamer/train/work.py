@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from gossamer.measure.macs import Account, TrainingMacs, account, training_products
 from gossamer.method import Cost, Progress
+from gossamer.site import Site
 from gossamer.sparsifier import Sparsifier
 
 __all__ = ["Work"]
@@ -34,7 +35,7 @@ class Work:
         self._full = account(model, example)
         self._macs = TrainingMacs()
         self._revision = -1
-        self._now = self._full
+        self._now = self._learning = self._full
 
     @property
     def total(self) -> float:
@@ -47,12 +48,15 @@ class Work:
         if self._sparsifier is not None:
             if self._revision != self._sparsifier.revision:
                 self._revision = self._sparsifier.revision
-                self._now = self._account(self._sparsifier)
+                sites = self._sparsifier.sites
+                self._now = self._account(sites, lambda site: site.support)
+                self._learning = self._account(sites, lambda site: site.learns)
             cost = self._sparsifier.method.cost
             coming = Progress(self._sparsifier.step_count + 1, self._sparsifier.total_steps)
             if self._sparsifier.method.wants_dense_grad(coming):
                 cost = cost._replace(sparse_grad_weight=False)
-        forward, grad_input, grad_weight = training_products(self._now, **cost._asdict())
+        forward, grad_input, _ = training_products(self._now, **cost._asdict())
+        *_, grad_weight = training_products(self._learning, **cost._asdict())
         self._macs.add(examples, forward=forward, grad_input=grad_input, grad_weight=grad_weight)
 
     def state_dict(self) -> dict[str, float]:
@@ -63,14 +67,15 @@ class Work:
         """Go on from a total that `state_dict` returned."""
         self._macs.load_state_dict(state)
 
-    def _account(self, sparsifier: Sparsifier) -> Account:
-        sites = {site.name: site for site in sparsifier.sites}
+    def _account(self, sites: Sequence[Site], counted: Callable[[Site], Tensor]) -> Account:
+        """Of the network as wide as it is now, with the weights of each site that are counted."""
+        named = {site.name or "weight": site for site in sites}
         dense = dict(self._model.named_parameters())
         layers = []
         for row in self._full.layers:
-            if row.name in sites:
-                site = sites[row.name]
-                weights, nonzeros = site.weight.numel(), site.nonzeros
+            if row.name in named:
+                site = named[row.name]
+                weights, nonzeros = site.weight.numel(), int(counted(site).count_nonzero())
             else:
                 name = f"{row.name}.weight"
                 weights = nonzeros = dense[name if name in dense else row.name].numel()
