@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gossamer.allocation import DISTRIBUTIONS, allocate, er, erk, uniform
+from gossamer.allocation import DISTRIBUTIONS, allocate, apportion, er, erk, uniform
 from gossamer.train.models import build_model
 
 TINY = [(8, 3, 3, 3), (16, 8, 3, 3), (32, 16, 3, 3), (10, 32)]
@@ -161,7 +161,149 @@ def test_erk_cifar100(name: str, weights: int, epsilons, ratios) -> None:
         assert widest == pytest.approx([0.0811] * 7, abs=5e-5)
 
 
+# The networks of the papers on MNIST and CIFAR-10: shapes and output positions, front to back
+
+_Sizes = list[tuple[tuple[int, ...], int]]
+
+
+def _vgg16() -> _Sizes:
+    widths = [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    pixels = [32, 32, 16, 16, 8, 8, 8, 4, 4, 4, 2, 2, 2]
+    convs = [
+        ((outputs, inputs, 3, 3), side * side)
+        for outputs, inputs, side in zip(widths, [3, *widths], pixels, strict=False)
+    ]
+    return [*convs, ((512, 512), 1), ((10, 512), 1)]
+
+
+def _resnet20() -> _Sizes:
+    """Identity shortcuts."""
+    rows: _Sizes = [((16, 3, 3, 3), 1024)]
+    inputs = 16
+    for width, positions in ((16, 1024), (32, 256), (64, 64)):
+        for _ in range(6):
+            rows.append(((width, inputs, 3, 3), positions))
+            inputs = width
+    return [*rows, ((10, 64), 1)]
+
+
+def _wide(depth: int, factor: int) -> _Sizes:
+    """WRN on CIFAR-10; a shortcut of 1 x 1 in the first block of each stage."""
+    rows: _Sizes = [((16, 3, 3, 3), 1024)]
+    inputs = 16
+    for width, positions in ((16 * factor, 1024), (32 * factor, 256), (64 * factor, 64)):
+        rows.append(((width, inputs, 1, 1), positions))
+        for _ in range((depth - 4) // 3):
+            rows.append(((width, inputs, 3, 3), positions))
+            inputs = width
+    return [*rows, ((10, inputs), 1)]
+
+
+PAPER_NETS: dict[str, _Sizes] = {
+    "lenet-300-100": [((300, 784), 1), ((100, 300), 1), ((10, 100), 1)],
+    "lenet-5": [((20, 1, 5, 5), 576), ((50, 20, 5, 5), 64), ((500, 800), 1), ((10, 500), 1)],
+    "vgg16": _vgg16(),
+    "resnet20": _resnet20(),
+    "wrn-16-8": _wide(16, 8),
+    "wrn-28-8": _wide(28, 8),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "flops"),
+    [
+        ("lenet-300-100", 266_200, 0.5324e6),
+        ("lenet-5", 430_500, 4.586e6),
+        ("vgg16", 14_977_728, 626.93e6),
+        ("resnet20", 268_336, 81.10e6),
+        ("wrn-16-8", 10_954_160, 3096.3e6),
+        ("wrn-28-8", 23_340_464, 6720.2e6),
+    ],
+)
+def test_the_papers_networks(name: str, weights: int, flops: float) -> None:
+    """dst.md 5.2 and 5.9."""
+    rows = PAPER_NETS[name]
+    assert sum(math.prod(shape) for shape, _ in rows) == weights
+    counted = 2 * sum(math.prod(shape) * positions for shape, positions in rows)
+    assert counted == pytest.approx(flops, rel=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "density", "expected"),
+    [
+        ("lenet-300-100", 0.1, [0.0796, 0.2302, 1]),
+        ("lenet-300-100", 0.05, [0.0385, 0.1113, 0.9185]),
+        ("lenet-300-100", 0.02, [0.0154, 0.0445, 0.3674]),
+        ("lenet-5", 0.1, [1, 0.0871, 0.0884, 1]),
+        ("lenet-5", 0.05, [0.7261, 0.0375, 0.0381, 1]),
+        (
+            "vgg16",
+            0.1,
+            [1, 0.6043, 0.4465, 0.2954, 0.2199, 0.146, 0.146, 0.1091, *[0.0726] * 5, 0.6494, 1],
+        ),
+        (
+            "vgg16",
+            0.05,
+            [1, 0.3008, 0.2222, 0.147, 0.1094, 0.0727, 0.0727, 0.0543, *[0.0361] * 5, 0.3232, 1],
+        ),
+        (
+            "resnet20",
+            0.1,
+            [1, *[0.3026] * 6, 0.215, *[0.1394] * 5, 0.1015, *[0.0667] * 5, 1],
+        ),
+        (
+            "resnet20",
+            0.05,
+            [0.5174, *[0.1475] * 6, 0.1048, *[0.0679] * 5, 0.0495, *[0.0325] * 5, 1],
+        ),
+        (
+            "wrn-16-8",
+            0.1,
+            [
+                *[1, 1, 1, 0.2501, 0.2501, 0.2501],
+                *[1, 0.1862, 0.1236, 0.1236, 0.1236],
+                *[0.827, 0.0924, 0.0615, 0.0615, 0.0615],
+                1,
+            ],
+        ),
+    ],
+)
+def test_erk_of_the_papers_networks(name: str, density: float, expected: list[float]) -> None:
+    """dst.md 5.8."""
+    shapes = [shape for shape, _ in PAPER_NETS[name]]
+    assert erk(shapes, density) == pytest.approx(expected, abs=5e-5)
+
+
+def test_erk_epsilons_and_counts() -> None:
+    """dst.md 5.8."""
+    for name, epsilon in (("lenet-300-100", 17.264), ("vgg16", 166.249), ("resnet20", 18.349)):
+        shapes = [shape for shape, _ in PAPER_NETS[name]]
+        assert _epsilon(shapes, erk(shapes, 0.1)) == pytest.approx(epsilon, abs=5e-4)
+    shapes = [shape for shape, _ in PAPER_NETS["lenet-300-100"]]
+    assert allocate("erk", shapes, 26_620) == [18714, 6906, 1000]
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"), [("vgg16", 0.2204), ("resnet20", 0.1857), ("wrn-16-8", 0.1647)]
+)
+def test_erk_factors_of_the_papers_networks(name: str, factor: float) -> None:
+    """dst.md 5.9: MACs at density 0.1 over the dense ones."""
+    rows = PAPER_NETS[name]
+    densities = erk([shape for shape, _ in rows], 0.1)
+    macs = [math.prod(shape) * positions for shape, positions in rows]
+    kept = sum(density * size for density, size in zip(densities, macs, strict=True))
+    assert kept / sum(macs) == pytest.approx(factor, abs=5e-5)
+
+
 # Whole numbers
+
+
+def test_apportion_by_largest_remainder_and_spills_evenly() -> None:
+    none, free = [0, 0, 0], [99, 99, 99]
+    assert apportion([3.6, 3.5, 2.9], 10, none, free) == [4, 3, 3]
+    assert apportion([24.0, 3.0, 3.0], 30, none, [12, 99, 99]) == [12, 9, 9]
+    assert apportion([9.0, 1.0, 0.0], 10, [0, 0, 4], free) == [6, 0, 4]
+    assert apportion([0.0, 0.0, 0.0], 7, none, [2, 99, 99]) == [2, 3, 2]
 
 
 def test_allocate_rounds_to_the_nearest_whole() -> None:

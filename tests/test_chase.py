@@ -126,15 +126,15 @@ def test_updates_on_the_grid_and_at_the_end_of_phase_a() -> None:
     assert steps == [10, 20, 30, 40, 50, 60, 70, 75, 80, 90, 100]
     wanted = [s for s in range(1, 101) if chase.wants_dense_grad(gossamer.Progress(s, 100))]
     assert wanted == steps
-    frozen = gossamer.Chase(update_interval=10, explore_end=0.75, stop_update=0.85)
+    frozen = gossamer.Chase(update_interval=10, explore_end=0.75, t_end=0.85)
     steps = [s for s in range(1, 101) if frozen.updates_at(gossamer.Progress(s, 100))]
     assert steps == [10, 20, 30, 40, 50, 60, 70, 75, 80]
 
 
-def test_stop_update_comes_after_phase_a() -> None:
+def test_t_end_comes_after_phase_a() -> None:
     """Frozen earlier, the support would stay above the density for good."""
-    with pytest.raises(ValueError, match=r"stop_update=0\.5") as error:
-        gossamer.Chase(update_interval=10, stop_update=0.5, explore_end=0.8)
+    with pytest.raises(ValueError, match=r"t_end=0\.5") as error:
+        gossamer.Chase(update_interval=10, t_end=0.5, explore_end=0.8)
     assert "explore_end=0.8" in str(error.value)
 
 

@@ -45,7 +45,7 @@ def test_density_out_of_range(method, density: float) -> None:
         "explore_end": [0, 1.5],
         "drop_fraction": [-1, 2],
         "drop_fraction_end": [-1, 2],
-        "stop_update": [-0.5, 1.5],
+        "t_end": [-0.5, 1.5],
         "min_channel_factor": [-0.1, 1.1],
         "min_channels": [0, -3],
         "channel_multiple": [0],

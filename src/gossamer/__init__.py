@@ -6,6 +6,13 @@ from gossamer.method import Cost, Method, Progress, SupportChange
 from gossamer.methods.autosparse import AutoSparse
 from gossamer.methods.chase import Chase
 from gossamer.methods.dst import DST
+from gossamer.methods.gmp import GMP
+from gossamer.methods.granet import GraNet
+from gossamer.methods.mest import MEST
+from gossamer.methods.rigl import RigL
+from gossamer.methods.set import SET
+from gossamer.methods.snfs import SNFS
+from gossamer.methods.srigl import SRigL
 from gossamer.methods.srste import SRSTE
 from gossamer.methods.static import Static
 from gossamer.methods.str import STR
@@ -22,11 +29,18 @@ __all__ = [
     "Chase",
     "Cost",
     "DST",
+    "GMP",
+    "GraNet",
+    "MEST",
     "Masked",
     "Method",
     "Plan",
     "Progress",
+    "RigL",
+    "SET",
+    "SNFS",
     "SRSTE",
+    "SRigL",
     "STR",
     "Shrunk",
     "Site",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-__all__ = ["DISTRIBUTIONS", "allocate", "er", "erk", "uniform"]
+__all__ = ["DISTRIBUTIONS", "allocate", "apportion", "er", "erk", "uniform"]
 
 Shapes = Sequence[Sequence[int]]
 
@@ -72,20 +72,32 @@ def allocate(
             f"{sum(low) / sum(sizes):.3g} to {sum(high) / sum(sizes):.3g}"
         )
     densities = DISTRIBUTIONS[distribution](shapes, budget / sum(sizes))
-    exact = [density * size for density, size in zip(densities, sizes, strict=True)]
+    shares = [density * size for density, size in zip(densities, sizes, strict=True)]
+    return apportion(shares, budget, low, high)
+
+
+def apportion(
+    shares: Sequence[float], total: int, at_least: Sequence[int], at_most: Sequence[int]
+) -> list[int]:
+    """Whole numbers within bounds, near `shares`, that sum to `total` exactly.
+
+    What bounds keep from one layer is spread evenly over those that can take it. The bounds must
+    leave room: `sum(at_least) <= total <= sum(at_most)`.
+    """
+    assert sum(at_least) <= total <= sum(at_most), (at_least, total, at_most)
     counts = [
         min(max(math.floor(share), least), most)
-        for share, least, most in zip(exact, low, high, strict=True)
+        for share, least, most in zip(shares, at_least, at_most, strict=True)
     ]
     # Largest remainder first; further rounds only when bounds held some layers back.
-    while (rest := budget - sum(counts)) != 0:
+    while (rest := total - sum(counts)) != 0:
         sign = 1 if rest > 0 else -1
-        bounds = high if rest > 0 else low
+        bounds = at_most if rest > 0 else at_least
         movable = [index for index, count in enumerate(counts) if count != bounds[index]]
-        movable.sort(key=lambda index: -sign * (exact[index] - counts[index]))
+        movable.sort(key=lambda index: -sign * (shares[index] - counts[index]))
         step = max(1, abs(rest) // len(movable))
         for index in movable:
-            if (rest := budget - sum(counts)) == 0:
+            if (rest := total - sum(counts)) == 0:
                 break
             counts[index] += sign * min(step, abs(rest), abs(bounds[index] - counts[index]))
     return counts

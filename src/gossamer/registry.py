@@ -9,6 +9,13 @@ from gossamer.method import Method
 from gossamer.methods.autosparse import AutoSparse
 from gossamer.methods.chase import Chase
 from gossamer.methods.dst import DST
+from gossamer.methods.gmp import GMP
+from gossamer.methods.granet import GraNet
+from gossamer.methods.mest import MEST
+from gossamer.methods.rigl import RigL
+from gossamer.methods.set import SET
+from gossamer.methods.snfs import SNFS
+from gossamer.methods.srigl import SRigL
 from gossamer.methods.srste import SRSTE
 from gossamer.methods.static import Static
 from gossamer.methods.str import STR
@@ -35,6 +42,56 @@ METHODS: dict[str, MethodInfo] = {
             Static,
             "a random mask, drawn once, never changed: what every other method must beat",
             "Evci et al., Rigging the Lottery, ICML 2020, arXiv 1911.11134 (its baseline)",
+        ),
+        MethodInfo(
+            "set",
+            SET,
+            "drops the weights nearest to zero and grows at random; never needs a dense gradient",
+            "Mocanu et al., Scalable training of artificial neural networks with adaptive sparse "
+            "connectivity inspired by network science, Nature Communications 2018, "
+            "arXiv 1707.04780",
+        ),
+        MethodInfo(
+            "rigl",
+            RigL,
+            "drops by magnitude, grows by gradient; one dense weight gradient per update",
+            "Evci et al., Rigging the Lottery: Making All Tickets Winners, ICML 2020, "
+            "arXiv 1911.11134",
+        ),
+        MethodInfo(
+            "snfs",
+            SNFS,
+            "drops by magnitude, grows by momentum; layers of large momentum gain weights",
+            "Dettmers and Zettlemoyer, Sparse Networks from Scratch: Faster Training without "
+            "Losing Performance, 2019, arXiv 1907.04840",
+        ),
+        MethodInfo(
+            "gmp",
+            GMP,
+            "gradual magnitude pruning: dense at the start, the smallest weights go bit by bit",
+            "Zhu and Gupta, To prune, or not to prune: exploring the efficacy of pruning for model "
+            "compression, 2017, arXiv 1710.01878",
+        ),
+        MethodInfo(
+            "granet",
+            GraNet,
+            "gradual pruning that regrows a falling share of the weights; from dense or sparse",
+            "Liu et al., Sparse Training via Boosting Pruning Plasticity with Neuroregeneration, "
+            "NeurIPS 2021, arXiv 2106.10404",
+        ),
+        MethodInfo(
+            "mest",
+            MEST,
+            "prunes by magnitude and grows at random, between bounds that draw together",
+            "Yuan et al., MEST: Accurate and Fast Memory-Economic Sparse Training Framework on "
+            "the Edge, NeurIPS 2021, arXiv 2110.14032",
+        ),
+        MethodInfo(
+            "srigl",
+            SRigL,
+            "as many weights in every neuron of a layer, grown by gradient; idle neurons go",
+            "Lasby et al., Dynamic Sparse Training with Structured Sparsity, ICLR 2024, "
+            "arXiv 2305.02299",
         ),
         MethodInfo(
             "chase",

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from gossamer import DST, SRSTE, Chase, Static
-from gossamer.method import Method
+from gossamer import (
+    DST,
+    GMP,
+    MEST,
+    SET,
+    SNFS,
+    SRSTE,
+    STR,
+    AutoSparse,
+    Chase,
+    GraNet,
+    RigL,
+    SRigL,
+    Static,
+    TopKAST,
+)
+from gossamer.method import Method, Progress
 from gossamer.ops import random_mask
-from gossamer.sparse_weight import Masked
+from gossamer.site import Site
+from gossamer.sparse_weight import Masked, SparseWeight
 from gossamer.testing import CONTRACT, check_method
 
 METHODS = {
@@ -23,9 +40,35 @@ METHODS = {
     "srste": SRSTE(lam=1e-2),
     "srste-8": SRSTE(n=1, m=8, lam=0.5, mode="decoupled", remainder="dense", refresh_interval=3),
     "srste-annealed": SRSTE(lam=0.1, dense_until=0.3, anneal_until=0.6, remainder="pad"),
+    "str": STR(s_init=-3.0),
+    "str-row": STR(s_init=-3.0, granularity="row"),
+    "autosparse": AutoSparse(s_init=-3.0),
+    "autosparse-row": AutoSparse(
+        s_init=-3.0, granularity="row", backward_sparsity=0.5, alpha_schedule="linear"
+    ),
+    "topkast": TopKAST(density=0.2, refresh_interval=5),
+    "topkast-annealed": TopKAST(
+        density=0.2, distribution="erk", refresh_interval=5, alpha_schedule="cosine", alpha=0.5
+    ),
     "dst": DST(alpha=2e-3),
     "dst-layer": DST(alpha=0.1, granularity="layer", clamp=True),
     "dst-weight": DST(alpha=1e-3, granularity="weight", reset_below=0.2),
+    "set": SET(density=0.2),
+    "set-global": SET(density=0.2, distribution="uniform", drop="magnitude", scope="global"),
+    "rigl": RigL(density=0.2),
+    "rigl-global": RigL(density=0.2, distribution="uniform", scope="global", update_interval=3),
+    "rigl-itop": RigL(density=0.2, drop_fraction=0.5, drop_fraction_end=0.005, t_end=1.0),
+    "snfs": SNFS(density=0.2),
+    "snfs-global": SNFS(density=0.2, distribution="erk", scope="global", smoothing=0.5),
+    "gmp": GMP(density=0.2),
+    "gmp-global": GMP(density=0.2, scope="global", initial_density=0.8, update_interval=3),
+    "granet": GraNet(density=0.2),
+    "granet-sparse": GraNet(density=0.2, initial_density=0.5, scope="layer", update_interval=3),
+    "mest": MEST(density=0.2, variant="vanilla", gradient_weight=0.1),
+    "mest-em": MEST(density=0.2, mutation=0.1, scope="global"),
+    "mest-ems": MEST(density=0.2, mutation=0.1, variant="ems", distribution="erk"),
+    "srigl": SRigL(density=0.2, gamma_sal=0.8, update_interval=3),
+    "srigl-whole": SRigL(density=0.2, distribution="uniform", ablation=False),
 }
 
 
@@ -58,3 +101,37 @@ class Generous(Static):
 def test_the_contract_can_fail(method: Method, promise: str) -> None:
     with pytest.raises(AssertionError, match=promise):
         check_method(method)
+
+
+class Fading(SparseWeight):
+    """Keeps a factor that changes as a Python float, and not in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 1.0
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * self.factor
+
+    def support(self, weight: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(weight, dtype=torch.bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hasty(Static):
+    def attach(self, weight: torch.nn.Parameter, count: int, generator: torch.Generator) -> Fading:
+        return Fading()
+
+    def advance(
+        self,
+        sites: Sequence[Site],
+        progress: Progress,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
+        for site in sites:
+            site.sparse.factor = 1 - progress.fraction / 2
+
+
+def test_the_contract_finds_what_recompiles() -> None:
+    with pytest.raises(AssertionError, match="2 graphs were compiled, one was expected"):
+        CONTRACT["compiled_equals_eager"](Hasty())

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.allocation import DISTRIBUTIONS, allocate
+from gossamer.exploration import SCOPES, Count, prune_to, random_scores, select, sizes
 from gossamer.method import (
     Cost,
     Method,
@@ -35,7 +36,7 @@ from gossamer.method import (
     check_choice,
     check_range,
 )
-from gossamer.ops import channel_magnitude, keep_largest, random_mask
+from gossamer.ops import channel_magnitude, random_mask
 from gossamer.schedules import cosine, cubic
 from gossamer.site import ChannelPool, Site
 from gossamer.sparse_weight import Masked
@@ -58,7 +59,7 @@ class Chase(Method):
         explore_end: End of phase A, as a fraction of training.
         drop_fraction: Phase B drop fraction at the start of training; a cosine over the run ...
         drop_fraction_end: ... takes it to this.
-        stop_update: Fraction of training after which the support stays as it is.
+        t_end: Fraction of training after which the support stays as it is.
         grow: "gradient" (largest gradient) or "random".
         scope: "global" ranks all layers together; "layer" gives each layer its share by
             `distribution`, recomputed for the widths after each removal.
@@ -81,7 +82,7 @@ class Chase(Method):
     explore_end: float = 0.8
     drop_fraction: float = 0.5
     drop_fraction_end: float = 0.005
-    stop_update: float = 1.0
+    t_end: float = 1.0
     grow: str = "gradient"
     scope: str = "global"
     channel_sparsity: float = 0.4
@@ -97,15 +98,15 @@ class Chase(Method):
         check_range(self, "density", 0, 1, open_low=True)
         check_choice(self, "distribution", tuple(DISTRIBUTIONS))
         check_choice(self, "grow", ("gradient", "random"))
-        check_choice(self, "scope", ("global", "layer"))
+        check_choice(self, "scope", SCOPES)
         check_choice(self, "channel_score", CHANNEL_SCORES)
-        for name in ("memory_margin", "drop_fraction", "drop_fraction_end", "stop_update"):
+        for name in ("memory_margin", "drop_fraction", "drop_fraction_end", "t_end"):
             check_range(self, name, 0, 1)
         check_range(self, "explore_end", 0, 1, open_low=True)
         check_range(self, "min_channel_factor", 0, 1)
-        if self.stop_update < self.explore_end:
+        if self.t_end < self.explore_end:
             raise ValueError(
-                f"Chase: stop_update={self.stop_update} comes before explore_end="
+                f"Chase: t_end={self.t_end} comes before explore_end="
                 f"{self.explore_end}, and would freeze more weights than the density allows: give "
                 "an earlier explore_end too"
             )
@@ -186,7 +187,7 @@ class Chase(Method):
         step, total = progress
         if step == self._explore_steps(total):
             return True
-        return step % self._interval(total) == 0 and step <= self.stop_update * total
+        return step % self._interval(total) == 0 and step <= self.t_end * total
 
     def wants_dense_grad(self, progress: Progress) -> bool:
         """Growth ranks the gradient of the update's own step."""
@@ -200,26 +201,24 @@ class Chase(Method):
         budget = round(self.density * original)
         supports = [site.support for site in sites]
         live = [site.masked.live for site in sites]
-        active = sum(int(support.count_nonzero()) for support in supports)
+        active = sum(sizes(supports))
         if progress.step <= self._explore_steps(progress.total_steps):
             keep, goal = min(active, budget), round(self.ceiling(progress) * original)
         else:
             dropped = math.ceil(self.drop_rate(progress) * min(active, budget))
             keep, goal = min(active, budget) - dropped, budget
-        capacity = sum(int(allowed.count_nonzero()) for allowed in live)
+        capacity = sum(sizes(live))
 
-        magnitudes = [site.weight.detach().abs() for site in sites]
-        kept = self._rank(sites, magnitudes, keep, supports, held=[0] * len(sites))
+        weights = [site.weight for site in sites]
+        none_held = [0] * len(sites)
+        kept = prune_to(weights, supports, self._count(sites, keep, none_held, supports))
         if self.grow == "gradient":
             growth = [site.gradient_magnitude for site in sites]
         else:
-            growth = [
-                torch.rand(site.weight.shape, generator=generator).to(site.weight.device)
-                for site in sites
-            ]
+            growth = random_scores(weights, generator)
         candidates = [allowed & ~held for allowed, held in zip(live, kept, strict=True)]
-        held = [int(mask.count_nonzero()) for mask in kept]
-        grown = self._rank(sites, growth, max(0, min(goal, capacity) - keep), candidates, held)
+        missing = max(0, min(goal, capacity) - keep)
+        grown = select(growth, self._count(sites, missing, sizes(kept), candidates), candidates)
         return [SupportChange(*change) for change in zip(kept, grown, strict=True)]
 
     def removals(self, pools: Sequence[ChannelPool], progress: Progress) -> list[Tensor] | None:
@@ -298,32 +297,23 @@ class Chase(Method):
                 score = channel_magnitude(weight, 1) / active.clamp(min=1)
         return score.cpu()[pool.group.producers[0].index[:, 0]]
 
-    def _rank(
-        self,
-        sites: Sequence[Site],
-        scores: list[Tensor],
-        count: int,
-        among: list[Tensor],
-        held: Sequence[int],
-    ) -> list[Tensor]:
-        """The `count` largest scores among candidates, in the method's scope.
+    def _count(
+        self, sites: Sequence[Site], total: int, held: Sequence[int], among: Sequence[Tensor]
+    ) -> Count:
+        """How many of the candidates `among` to take, in the method's scope.
 
         `held`: weights each layer has already; they count towards its share under "layer".
         """
         if self.scope == "global":
-            return keep_largest(scores, count, among)
-        room = [int(allowed.count_nonzero()) for allowed in among]
+            return total
         shares = allocate(
             self.distribution,
             [site.masked.live_shape for site in sites],
-            sum(held) + count,
+            sum(held) + total,
             at_least=held,
-            at_most=[have + free for have, free in zip(held, room, strict=True)],
+            at_most=[have + free for have, free in zip(held, sizes(among), strict=True)],
         )
-        return [
-            keep_largest([score], share - have, [allowed])[0]
-            for score, share, have, allowed in zip(scores, shares, held, among, strict=True)
-        ]
+        return [share - have for share, have in zip(shares, held, strict=True)]
 
 
 def select_channels(
