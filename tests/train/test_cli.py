@@ -1,8 +1,10 @@
 """The `gossamer` command: what it understands, what it says, and what it never imports."""
 
+import csv
 import io
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -16,7 +18,8 @@ from rich.console import Console
 import gossamer
 from gossamer.registry import METHODS
 from gossamer.train import cli, flags
-from gossamer.train.config import TrainConfig
+from gossamer.train.compare.grid import read
+from gossamer.train.config import TrainConfig, to_yaml
 from gossamer.train.progress import Bar
 
 # Lightning 2.6 on torch 2.13.
@@ -74,17 +77,9 @@ def test_no_method_takes_a_name_of_the_run(method):
     assert not {"json", "sparsity"} & set(METHODS[method].cls.hyperparameters())
 
 
-def test_methods_lists_the_registry(capsys):
-    assert run("methods") == 0
-    text = capsys.readouterr().out
-    for info in METHODS.values():
-        assert f"{info.name} " in text
-        assert info.paper in text
-    assert run("methods", "--json") == 0
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == list(METHODS)
-
-
-@pytest.mark.parametrize("words", [["--help"], ["methods"], ["train", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["methods"], ["train", "--help"], ["compare", "--help"]]
+)
 def test_only_training_imports_what_is_heavy(words):
     code = (
         "import sys; from gossamer.train.cli import main\n"
@@ -161,13 +156,15 @@ def test_sparsity_is_one_minus_density(tmp_path):
         ("train stray", "unrecognized arguments: stray"),
         ("train --config FILE", "FILE: there is no setting 'epoch' (did you mean epochs?)"),
         ("train --config FILE --method static", "FILE: there is no setting 'epoch'"),
+        ("train --config LIST", "LIST lists several methods: gossamer compare LIST"),
+        ("train --config TEXT", "TEXT: exclude: got 'fc'; wanted a list, [fc]"),
     ],
 )
 def test_what_cannot_be_understood(words, message, tmp_path, capsys):
-    file = tmp_path / "wrong.yaml"
-    file.write_text("epoch: 3\n")
-    error = fails(capsys, 2, *words.replace("FILE", str(file)).split())
-    assert message.replace("FILE", str(file)) in error
+    for name, text in (("FILE", "epoch: 3"), ("LIST", "methods: [set]"), ("TEXT", "exclude: fc")):
+        (tmp_path / name).write_text(text)
+        words, message = (where.replace(name, str(tmp_path / name)) for where in (words, message))
+    assert message in fails(capsys, 2, *words.split())
 
 
 @pytest.mark.parametrize(
@@ -194,7 +191,10 @@ def test_there_is_no_such_file(tmp_path, capsys):
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_understood(recipe):
-    flags.parse(["--config", str(recipe)])
+    if "methods" in yaml.safe_load(recipe.read_text()):
+        assert read(recipe).cells
+    else:
+        flags.parse(["--config", str(recipe)])
 
 
 # ------------------------------------------------------------------ runs
@@ -224,6 +224,11 @@ def test_it_prints_the_networks_side_by_side(run_folder):
         "accuracy",
         *(f"{summary[name]['accuracy']:.2%}" for name in ("dense", "sparse", "slim")),
     ]
+    path = {line[:26].strip(): line[26:].split() for line in out.splitlines()}
+    assert path["after epoch"] == ["start", "1", "2"]
+    assert path["exploration"][0] == path["density"][0] == "0.2000"
+    assert "SAD from the start: " in out
+    assert "all channels kept: classifier - no layer reads them" in out
     snippet = out[out.index("    import gossamer") :].replace("    ", "")
     loaded: dict[str, object] = {}
     exec(snippet, loaded)
@@ -261,17 +266,75 @@ def test_a_terminal_gets_a_bar():
         screen = io.StringIO()
         bar = Bar(Console(file=screen, force_terminal=True, width=width, color_system=None))
         bar.ended()  # nothing was started: nothing to end
+        bar.noted("forecast: |w| [0.1] rises")
         bar.started("sparse", 3, 10, 0)
         bar.stepped(0, 4, lambda: {"loss": 0.9, "accuracy": 0.5, **row})
         bar.epoch_ended(row)
         bar.ended()
         lines = screen.getvalue()
+        assert lines.startswith("forecast: |w| [0.1] rises\n")
         assert "sparse 1/3" in lines
         assert "loss 0.500  accuracy 75.0%  val 50.0%  density 0.125  live 48" in lines
 
 
+def test_a_forecast_is_a_line(tmp_path, capsys):
+    words = ["--method", "autosparse", "--threshold_decay", "0.01", *TINY[:4], "--epochs", "1"]
+    assert run("train", *words, "--out", tmp_path / "run") == 0
+    err = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in err] == ["forecast", "sparse"]
+    assert "decay alone takes s from -5 to" in err[0]
+
+
+# ------------------------------------------------------------------ the trace of a dense run
+
+TUNED = ["--method", "autosparse", *TINY[:8]]
+
+
+def test_a_trace_gives_the_losses_of_its_dense_network(run_folder, tmp_path):
+    words = [*TUNED, "--tune_end", "0.5", "--dense_trace", str(run_folder), "--seed", "3"]
+    request = flags.parse(words)
+    with (run_folder / "metrics-dense.csv").open() as file:
+        first = next(csv.DictReader(file))
+    assert isinstance(request.method, gossamer.AutoSparse)
+    assert request.method.dense_losses == (float(first["train_loss"]),)
+
+    saved = tmp_path / "config.yaml"  # repeats the run without the trace
+    saved.write_text(to_yaml(request.config, request.method))
+    assert flags.parse(["--config", str(saved)]).method == request.method
+    with pytest.raises(flags.UsageError, match="say the same: give one of them"):
+        flags.parse(["--config", str(saved), "--dense_trace", str(run_folder)])
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("--epochs 4", 1, "says epochs: 2, and here it is 4: losses are compared epoch by epoch"),
+        ("--width 0.5", 1, "says width: 0.25, and here it is 0.5"),
+        ("--data mnist", 1, "says data: digits, and here it is mnist"),
+        ("--tune_end 0.4", 1, "tune_end=0.4 of 2 epochs is 0.8 epochs, and a trace has whole ones"),
+        ("--tune_end 0.1", 1, "give tune_end=0.5"),
+        ("--method static", 2, "'dense_losses' is a setting of autosparse, not of static"),
+        ("--dense_trace OUT", 1, "holds no run with a dense twin (metrics-dense.csv)"),
+    ],
+)
+def test_traces_that_do_not_fit(words, code, message, run_folder, tmp_path, capsys):
+    words = words.replace("OUT", str(tmp_path)).split()
+    assert message in fails(capsys, code, "train", *TUNED, "--dense_trace", run_folder, *words)
+
+
+def test_a_trace_that_is_too_short(run_folder, tmp_path, capsys):
+    shutil.copy(run_folder / "config.yaml", tmp_path)
+    lines = (run_folder / "metrics-dense.csv").read_text().splitlines()
+    (tmp_path / "metrics-dense.csv").write_text("\n".join(lines[:2]))
+    error = fails(capsys, 1, "train", *TUNED, "--tune_end", "1", "--dense_trace", tmp_path)
+    assert "has 1 epochs, and 2 are needed: finish that run" in error
+
+
 class Interrupting:
     """A watcher that presses Ctrl-C in the second epoch."""
+
+    def noted(self, text):
+        pass
 
     def started(self, *_):
         pass

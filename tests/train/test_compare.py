@@ -1,0 +1,551 @@
+"""`gossamer compare`: what a file may say, cells in processes, and what comes of them.
+
+Most tests let a few lines of Python stand in for `gossamer train`: they are about what happens
+around it. A slow one has the real thing.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+import gossamer
+from gossamer.measure.latency import Conditions
+from gossamer.train import cli
+from gossamer.train.compare import compare, failures, means, processes, read, timing
+from gossamer.train.compare.results import figures_of, groups, rows
+from gossamer.train.compare.timing import time_cells
+from gossamer.train.flags import UsageError
+from gossamer.train.run import train
+
+# Lightning 2.6 on torch 2.13.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = {"model": "vgg-small", "width": 0.25, "epochs": 1, "batch_size": 64, "lr": 0.05}
+LISTS = {"densities": [0.3, 0.2], "seeds": [0, 1], "methods": ["static"]}
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """Writes a comparison and reads it."""
+
+    def write(**settings):
+        file = tmp_path / "tiny.yaml"
+        file.write_text(yaml.safe_dump({**TINY, **LISTS, **settings}))
+        return read(file, str(tmp_path / "out"))
+
+    return write
+
+
+# ------------------------------------------------------------------ the file
+
+
+def test_cells_are_methods_by_densities_by_seeds(compared, tmp_path):
+    entries = ["static", {"method": "chase", "min_channels": 2}, {"method": "srste", "lr": "1e-3"}]
+    found = compared(methods=entries, threads=2)
+    assert [str(cell) for cell in found.cells] == [
+        "dense, seed 0",
+        "dense, seed 1",
+        "static, density 0.3, seed 0",
+        "static, density 0.2, seed 0",
+        "chase, density 0.3, seed 0",
+        "chase, density 0.2, seed 0",
+        "srste, seed 0",
+        "static, density 0.3, seed 1",
+        "static, density 0.2, seed 1",
+        "chase, density 0.3, seed 1",
+        "chase, density 0.2, seed 1",
+        "srste, seed 1",
+    ]
+    dense, chase, srste = found.cells[0], found.cells[5], found.cells[6]
+    assert dense.method == gossamer.Static(density=1.0)
+    assert chase.method == gossamer.Chase(density=0.2, min_channels=2)
+    assert chase.config.folder == tmp_path / "out" / "cells" / "chase-d0.2-s0"
+    assert (chase.config.lr, srste.config.lr) == (0.05, 0.001)
+    assert {cell.config.threads for cell in found.cells} == {2} == {found.threads}
+    assert found.notes == ("srste runs once per seed: it has no density to set.",)
+    assert len({cell.config.folder for cell in found.cells}) == len(found.cells)
+
+
+def test_the_file_in_the_docs_is_understood(tmp_path):
+    text = (ROOT / "docs" / "compare.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "some.yaml").write_text(block)
+    cells = read(tmp_path / "some.yaml").cells
+    assert len(cells) == 3 * (1 + 2 * 4)
+    assert isinstance(cells[-1].method, gossamer.DST)
+
+
+def test_entries_may_have_densities_of_their_own(compared):
+    found = compared(
+        methods=["static", {"method": "static", "label": "half", "density": 0.5}], seeds=[3]
+    )
+    assert [str(cell) for cell in found.cells][1:] == [
+        "static, density 0.3, seed 3",
+        "static, density 0.2, seed 3",
+        "half, seed 3",
+    ]
+    assert found.cells[3].method == gossamer.Static(density=0.5)
+    assert found.notes == ("half runs once per seed: its entry sets density.",)
+
+
+def test_learned_thresholds_get_a_target(compared):
+    cells = compared(methods=["str"], seeds=[0]).cells[1:]
+    assert [cell.method for cell in cells] == [
+        gossamer.STR(target_density=density) for density in (0.3, 0.2)
+    ]
+
+
+def test_defaults(tmp_path):
+    file = tmp_path / "some.yaml"
+    file.write_text("methods: [static]\nthreads: null\n")
+    found = read(file)
+    assert found.folder == Path("runs/some")
+    assert [str(cell) for cell in found.cells[3:]] == [f"static, seed {seed}" for seed in range(3)]
+    assert found.threads == 1
+    file.write_text("methods: [static]\nout: there\n")
+    assert read(file).folder == Path("there")
+    assert read(file, "here").folder == Path("here")
+    moved = tmp_path / "compare.yaml"
+    moved.write_text("methods: [static]\n")
+    (tmp_path / "cells").mkdir()
+    assert read(moved).folder == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": []}, "methods: got []; wanted a list"),
+        ({"methods": "set"}, "methods: got 'set'; wanted a list"),
+        ({"methods": [{"density": 1}]}, "entry 1: got {'density': 1}; wanted a name"),
+        ({"methods": ["statik"]}, "no method is called 'statik' (did you mean 'static'?)"),
+        ({"methods": ["static", "static"]}, "two entries are called 'static': give one"),
+        ({"methods": [{"method": "static", "label": "dense"}]}, "'dense' is the dense twin's"),
+        ({"methods": [{"method": "static", "alpha": 1}]}, "'alpha' is a setting of dst"),
+        ({"methods": [{"method": "static", "epohcs": 1}]}, "did you mean epochs?"),
+        ({"methods": [{"method": "static", "epochs": "x"}]}, "static: epochs: got 'x'; wanted int"),
+        ({"methods": [{"method": "static", "exclude": "a"}]}, "exclude: got 'a'; wanted a list"),
+        ({"methods": [{"method": "static", "seed": 1}]}, "list seeds under `seeds`"),
+        ({"methods": [{"method": "static", "model": "vgg16"}]}, "must be the same for all"),
+        ({"methods": [{"method": "static", "label": "a b"}, {"method": "set", "label": "a-b"}]},
+         "would share the folder"),
+        ({"densities": 0.1}, "densities: got 0.1; wanted a list of numbers"),
+        ({"densities": ["few"]}, "densities: got 'few'; wanted a list of numbers"),
+        ({"densities": [0.1, "1e-1"]}, "densities: 1e-1 is there twice"),
+        ({"seeds": [0, 1.5]}, "seeds: got 1.5; wanted a list of whole numbers"),
+        ({"seeds": []}, "seeds: got []; wanted a list of whole numbers"),
+        ({"seed": 1}, "'seed' is not given for all runs: list seeds under `seeds`"),
+        ({"baseline": True}, "the dense twin is always trained"),
+        ({"alpha": 1}, "'alpha' is a setting of dst"),
+        ({"sparsities": [0.1]}, "no setting 'sparsities' (did you mean densities?)"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_understood(settings, message, compared, tmp_path, capsys):
+    with pytest.raises(UsageError) as error:
+        compared(**settings)
+    assert message in str(error.value)
+    assert str(tmp_path / "tiny.yaml") in str(error.value)
+    assert cli.main(["compare", str(tmp_path / "tiny.yaml")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_values_that_are_refused(compared, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"tiny\.yaml, static: Static: density=1\.5 is out of"):
+        compared(densities=[1.5])
+    assert cli.main(["compare", str(tmp_path / "tiny.yaml")]) == 1
+    assert cli.main(["compare", str(tmp_path / "none.yaml")]) == 1
+    assert "there is no comparison file" in capsys.readouterr().err
+    (tmp_path / "tiny.yaml").write_text("method: chase\n")
+    assert cli.main(["compare", str(tmp_path / "tiny.yaml")]) == 2
+    assert "gossamer train --config" in capsys.readouterr().err
+    assert cli.main(["compare", str(tmp_path / "tiny.yaml"), "--jobs", "0"]) == 2
+
+
+# ------------------------------------------------------------------ real cells
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A comparison of which two cells have been trained, in this process."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("compare")
+    methods = ["static", {"method": "chase", "min_channels": 2}]
+    settings = {**TINY, "methods": methods, "densities": [0.2], "seeds": [0]}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    found = read(folder / "tiny.yaml", str(folder / "out"))
+    for cell in (found.cells[0], found.cells[2]):
+        train(cell.config, cell.method)
+    return found
+
+
+def test_the_dense_twin_is_that_of_a_baseline(trained, tmp_path):
+    """Static sparsity of nothing: bit for bit what `gossamer train --baseline` trains."""
+    cell = trained.cells[0]
+    config = replace(cell.config, out=str(tmp_path), baseline=True)
+    summary = train(config, gossamer.Static(density=0.1))
+    twin = torch.load(tmp_path / "checkpoints" / "dense.ckpt", weights_only=True)["state_dict"]
+    ours = safetensors.torch.load_file(cell.run.model)
+    assert twin.keys() == {f"model.{name}" for name in ours}
+    assert all(torch.equal(tensor, twin[f"model.{name}"]) for name, tensor in ours.items())
+    slim = json.loads(cell.run.summary.read_text())["slim"]
+    for name in ("accuracy", "density", "nonzeros", "macs_executed", "macs_sparse"):
+        assert slim[name] == summary["dense"][name], name
+    assert slim["macs_training"] == summary["dense"]["macs_training"]
+
+
+def test_rows_have_all_figures(trained):
+    cells = [cell for cell in trained.cells if cell.finished]
+    found = rows(trained.cells, {trained.cells[1]: "no luck"}, time_cells(cells, 1))
+    assert [row["status"] for row in found] == ["done", "failed", "done"]
+    dense, _, chase = found
+    for row in (dense, chase):
+        assert {name for name, value in row.items() if value is None} <= {"density_asked"}
+    summary = json.loads(cells[1].run.summary.read_text())
+    assert (chase["label"], chase["density_asked"], chase["seed"]) == ("chase", 0.2, 0)
+    for name in ("accuracy", "bytes_on_disk", "macs_executed", "macs_sparse", "macs_training"):
+        assert chase[name] == summary["slim"][name]
+    assert chase["density"] == summary["sparse"]["density"] == pytest.approx(0.2, rel=0.01)
+    assert chase["latency_ms"] != summary["slim"]["latency_ms"]  # taken afterwards
+    assert chase["latency_ratio_low"] <= chase["latency_ratio"] <= chase["latency_ratio_high"]
+    with cells[1].run.metrics("sparse").open() as file:
+        assert chase["val_accuracy"] == float(list(csv.DictReader(file))[-1]["val_accuracy"])
+
+    grouped = groups(found)
+    assert list(grouped) == [("dense", None), ("chase", 0.2)]
+    own = figures_of([dense], [dense])
+    assert own["difference"] == [0]
+    assert own["macs_executed"] == own["bytes_on_disk"] == [1]
+    assert figures_of([chase], [dense])["macs_executed"][0] < 0.8
+    assert failures(found) == ["static 0.2 seed 0: no luck"]
+
+
+def row(label, seed, accuracy, macs, density=None):
+    figures = dict.fromkeys(
+        ("nonzeros", "bytes_on_disk", "macs_executed", "macs_sparse", "macs_training"), macs
+    )
+    return figures | {
+        "label": label,
+        "density_asked": density,
+        "seed": seed,
+        "status": "done",
+        "accuracy": accuracy,
+        "val_accuracy": accuracy,
+        "density": 0.25,
+        "latency_ratio": None,
+    }
+
+
+def test_the_table_by_hand():
+    found = [row("dense", 0, 0.75, 200), row("dense", 1, 0.5, 200)]
+    found += [row("set", 1, 0.25, 40, 0.1), row("set", 0, 1.0, 60, 0.1)]
+    head, dense, sparse = means(found)
+    assert dict(zip(head, dense, strict=True)) == {
+        "method": "dense",
+        "seeds": "2",
+        "accuracy": "62.50 +- 17.68",
+        "vs dense": "-",
+        "validation": "62.50 +- 17.68",
+        "density": "0.2500",
+        "nonzeros": "1.000",
+        "bytes": "1.000",
+        "MACs executed": "1.000",
+        "MACs sparse": "1.000",
+        "MACs training": "1.000",
+        "latency": "-",
+    }
+    cells = dict(zip(head, sparse, strict=True))
+    assert cells["vs dense"] == "+0.00 +- 35.36"  # each against its own seed's: 25 and -25 points
+    assert cells["MACs sparse"] == "0.250 +- 0.071"
+    head, _, sparse = means(found, narrow=True)
+    cells = dict(zip(head, sparse, strict=True))
+    assert (cells["vs dense"], cells["MACs sparse"]) == ("+0.00", "0.250")
+    assert cells["accuracy"] == "62.50 +- 53.03"
+    assert means(found[2:])[1][3] == "-"  # no dense twin has been trained
+
+
+# ------------------------------------------------------------------ processes
+
+CONDITIONS = [field.name for field in fields(Conditions)]
+# What stands in for `gossamer train --resume --out FOLDER ...`.
+STAND_IN = """
+import os, pathlib, shutil, signal, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+assert sys.argv[1:3] == ["train", "--resume"] and (out / "config.yaml").exists()
+assert os.environ["OMP_NUM_THREADS"] == sys.argv[sys.argv.index("--threads") + 1] == "1"
+model = pathlib.Path(MODEL)
+if (model / out.name / "error").exists():
+    print("epoch 1")
+    sys.exit((model / out.name / "error").read_text())
+if (model / "hang").exists() and "dense" not in out.name:
+    def stop(*_):
+        (out / "stopped").touch()
+        sys.exit(130)
+    signal.signal(signal.SIGTERM, stop)
+    (out / "started").touch()
+    time.sleep(60)
+for name in ("metrics.csv", "model.safetensors", "summary.json"):
+    shutil.copy(model / "run" / name, out / "partly")
+    os.replace(out / "partly", out / name)
+(out / "started").touch()
+"""
+
+
+@pytest.fixture
+def stand_in(trained, tmp_path, monkeypatch):
+    """Nothing takes time: every cell ends like the dense one. Returns a folder that steers them."""
+    quartiles = {"low": 0.9, "median": 1.0, "high": 1.1}
+
+    def time_cells(cells, threads):
+        times = {"milliseconds": quartiles, "ratio": quartiles}
+        return {
+            "conditions": {**dict.fromkeys(CONDITIONS, 1), "gpu": None, "cpu": "a processor"},
+            "cells": {
+                cell.config.folder.name: {**times, "sha256": timing._digest(cell)} for cell in cells
+            },
+        }
+
+    monkeypatch.setattr("gossamer.train.compare.time_cells", time_cells)
+    model = tmp_path / "model"
+    shutil.copytree(trained.cells[0].config.folder, model / "run")
+    monkeypatch.setattr(processes, "_COMMAND", STAND_IN.replace("MODEL", repr(str(model))))
+    return model
+
+
+def fails(steering, name, text):
+    (steering / name).mkdir()
+    (steering / name / "error").write_text(text)
+
+
+def test_it_trains_times_and_writes_everything(compared, stand_in):
+    comparison, said = compared(densities=[0.2]), []
+    found = compare(comparison, jobs=2, say=said.append)
+    assert [row["status"] for row in found] == ["done"] * 4
+    out = comparison.folder
+    assert sorted(path.name for path in out.iterdir() if path.name[0] != ".") == [
+        "accuracy.svg",
+        "cells",
+        "compare.md",
+        "compare.yaml",
+        "latency.json",
+        "results.csv",
+    ]
+    with (out / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [each["folder"] for each in table] == [str(c.config.folder) for c in comparison.cells]
+    text = (out / "compare.md").read_text()
+    assert "| static 0.2 | 2 |" in text
+    assert "(accuracy.svg)" in text
+    assert "after all training, one network at a time" in text
+    assert (out / "compare.yaml").read_text() == comparison.text
+    svg = (out / "accuracy.svg").read_text()
+    for words in ("MACs executed / dense", "MACs sparse / dense", "latency / dense", "static"):
+        assert f">{words}</text>" in svg
+    assert said[0].startswith("4 of 4 cells to train, 2 at a time on 1 threads each")
+    assert said[-1] == "timing 4 networks, one at a time"
+    assert said[-2].startswith("[4/4] ")
+
+
+def test_finished_cells_are_not_run_again(compared, stand_in):
+    comparison = compared(densities=[0.2], seeds=[0])
+    compare(comparison, jobs=1, say=lambda line: None)
+    times = (comparison.folder / "latency.json").read_text()
+    for cell in comparison.cells:
+        (cell.run.path / "started").unlink()
+    said = []
+    compare(comparison, jobs=1, say=said.append)
+    assert said == []
+    assert (comparison.folder / "latency.json").read_text() == times
+    # A density more: one cell to train, and all are timed again.
+    wider = compared(densities=[0.2, 0.3], seeds=[0])
+    compare(wider, jobs=1, say=said.append)
+    assert [cell.label for cell in wider.cells if (cell.run.path / "started").exists()] == [
+        "static"
+    ]
+    assert said[0].startswith("1 of 3 cells to train")
+    assert len(json.loads((comparison.folder / "latency.json").read_text())["cells"]) == 3
+    # A cell removed and trained anew is another network, and all are timed again.
+    shutil.rmtree(wider.cells[2].config.folder)
+    with (stand_in / "run" / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    compare(wider, jobs=1, say=said.append)
+    assert said[-1] == "timing 3 networks, one at a time"
+
+
+def test_a_cell_that_fails_does_not_lose_the_rest(compared, stand_in, tmp_path, capsys):
+    comparison = compared(densities=[0.2])
+    fails(stand_in, "static-d0.2-s0", "gossamer: error: the disk is full")
+    fails(stand_in, "dense-s1", "Traceback\n  somewhere\nMemoryError: too much")
+    words = ["compare", str(tmp_path / "tiny.yaml"), "--out", str(comparison.folder), "--jobs", "1"]
+    assert cli.main(words) == 1
+    out, err = capsys.readouterr()
+    assert "failed: dense seed 1: MemoryError: too much" in err.splitlines()
+    assert "failed: static 0.2 seed 0: the disk is full" in err.splitlines()
+    log = comparison.folder / "cells" / "static-d0.2-s0" / "train.log"
+    assert f"failed: the disk is full; see {log}" in err
+    assert log.read_text() == "epoch 1\ngossamer: error: the disk is full\n"
+    assert "static 0.2      1" in out
+    assert (
+        "Failed: static 0.2 seed 0: the disk is full."
+        in (comparison.folder / "compare.md").read_text()
+    )
+    with (comparison.folder / "results.csv").open() as file:
+        status = {row["folder"]: row["status"] for row in csv.DictReader(file)}
+    assert list(status.values()) == ["done", "failed", "failed", "done"]
+
+    for path in stand_in.glob("*/error"):  # what was wrong is put right
+        path.unlink()
+    assert cli.main([*words, "--json"]) == 0
+    assert {row["status"] for row in json.loads(capsys.readouterr().out)} == {"done"}
+    assert "Failed" not in (comparison.folder / "compare.md").read_text()
+
+
+def test_nothing_starts_when_every_dense_twin_fails(compared, stand_in):
+    comparison, said = compared(seeds=[0, 1]), []
+    for seed in (0, 1):
+        fails(stand_in, f"dense-s{seed}", "gossamer: error: no such data")
+    found = compare(comparison, jobs=1, say=said.append)
+    assert [row["status"] for row in found] == ["failed"] * 2 + ["waiting"] * 4
+    assert failures(found) == ["dense seed 0, dense seed 1: no such data"]
+    assert said[-1] == "every dense twin has failed: no other cell is started"
+    assert "4 of 6 cells have not been trained" in (comparison.folder / "compare.md").read_text()
+
+
+def test_a_killed_cell_and_a_silent_one(compared, stand_in, monkeypatch):
+    comparison = compared(densities=[0.2], seeds=[0])
+    dies = STAND_IN.replace("MODEL", repr(str(stand_in))).replace(
+        'print("epoch 1")', "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    monkeypatch.setattr(processes, "_COMMAND", dies)
+    fails(stand_in, "static-d0.2-s0", "")
+    found = compare(comparison, jobs=1, say=lambda line: None)
+    assert found[1]["error"] == "ended by SIGKILL (is there enough memory?)"
+    monkeypatch.setattr(processes, "_COMMAND", "raise SystemExit(3)")
+    found = compare(comparison, jobs=1, say=lambda line: None)
+    assert found[1]["error"] == "ended with code 3 and said nothing"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_the_children_and_the_next_call_goes_on(
+    number, compared, stand_in, tmp_path, capsys
+):
+    comparison = compared(densities=[0.2, 0.3], seeds=[0])
+    (stand_in / "hang").touch()
+    hanging = comparison.cells[1:]
+
+    def interrupt():
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if all((cell.run.path / "started").exists() for cell in hanging):
+                break
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    words = ["compare", str(tmp_path / "tiny.yaml"), "--out", str(comparison.folder), "--jobs", "2"]
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(words) == 130
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert all((cell.run.path / "stopped").exists() for cell in hanging)
+    err = capsys.readouterr().err
+    assert f"gossamer compare {tmp_path / 'tiny.yaml'} --out {comparison.folder}" in err
+    (stand_in / "hang").unlink()
+    assert cli.main(words) == 0
+    assert "2 of 3 cells to train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("patience", "caught"), [(0.2, [2]), (600, [2, 2])])
+def test_a_child_that_will_not_stop_is_ended(patience, caught, compared, stand_in, monkeypatch):
+    comparison = compared(densities=[0.2], seeds=[0])
+    stubborn = STAND_IN.replace("MODEL", repr(str(stand_in))).replace(
+        "signal.signal(signal.SIGTERM, stop)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    )
+    monkeypatch.setattr(processes, "_COMMAND", stubborn)
+    monkeypatch.setattr(processes, "_PATIENCE", patience)
+    (stand_in / "hang").touch()
+    process = processes._Process(comparison.cells[1], None)
+    while not (comparison.cells[1].run.path / "started").exists():
+        time.sleep(0.02)
+    start = time.monotonic()
+    processes._stop([process], caught)
+    assert time.monotonic() - start < 10
+    assert process.error() == "ended by SIGKILL (is there enough memory?)"
+
+
+def test_changed_settings_are_refused(compared, stand_in):
+    compare(compared(densities=[0.2], seeds=[0]), jobs=1, say=lambda line: None)
+    changed = compared(densities=[0.2], seeds=[0], lr=0.01, threads=2)
+    refused = (
+        r"dense-s0/config.yaml says lr: 0\.05, and now it is 0\.01: .* or remove .*dense-s0 to"
+    )
+    with pytest.raises(ValueError, match=refused):
+        compare(changed, say=lambda line: None)
+
+
+def test_one_comparison_at_a_time(compared, stand_in):
+    comparison = compared(densities=[0.2], seeds=[0])
+    busy = pytest.raises(ValueError, match="a comparison is at work in")
+    with processes.locked(comparison.folder), busy:
+        compare(comparison, say=lambda line: None)
+    compare(comparison, jobs=1, say=lambda line: None)
+
+
+def test_without_matplotlib_it_says_so_first(compared, stand_in, monkeypatch):
+    comparison = compared()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="drawn with matplotlib: pip install"):
+        compare(comparison, say=lambda line: None)
+    assert not comparison.folder.exists()
+
+
+def test_how_many_at_a_time(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [processes.default_jobs(threads, "auto") for threads in (1, 4, 8)] == [6, 1, 1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert processes.default_jobs(1, "auto") == processes.default_jobs(1, "cuda") == 1
+    assert processes.default_jobs(2, "cpu") == 3
+
+
+# ------------------------------------------------------------------ the whole of it
+
+
+@pytest.mark.slow
+def test_the_real_thing(compared, tmp_path):
+    """Real processes: broken off in the middle, gone on with, and equal to single runs."""
+    comparison = compared(epochs=4, densities=[0.2], seeds=[0])
+    words = ["compare", str(tmp_path / "tiny.yaml"), "--out", str(comparison.folder), "--jobs", "1"]
+    code = "import sys; from gossamer.train.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *words]
+    static = comparison.cells[1]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while first.poll() is None and not static.run.checkpoint("sparse").exists():
+        time.sleep(0.02)
+    first.send_signal(signal.SIGINT)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 130, err
+    assert comparison.cells[0].finished
+    assert not static.finished
+    second = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True)
+    assert "1 of 2 cells to train" in second.stderr
+    assert "sparse: resumed after epoch" in processes.log_of(static).read_text()
+    alone = train(replace(static.config, out=str(tmp_path / "alone")), static.method)
+    found = json.loads(second.stdout)[1]
+    assert found["accuracy"] == alone["slim"]["accuracy"]
+    assert found["macs_training"] == alone["slim"]["macs_training"]
+    assert found["latency_ratio"] > 0
