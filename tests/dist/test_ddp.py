@@ -56,6 +56,7 @@ def worker(rank: int, world: int, folder: str) -> None:
             total_steps=STEPS,
             example=torch.zeros(1, 4),
         )
+    dist.barrier()  # nobody leaves while another still talks to it
     dist.destroy_process_group()
 
 

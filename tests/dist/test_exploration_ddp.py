@@ -50,6 +50,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     )
     for name in METHODS:
         torch.save(train(rank, world, name), f"{folder}/{name}-{rank}.pt")
+    dist.barrier()  # nobody leaves while another still talks to it
     dist.destroy_process_group()
 
 

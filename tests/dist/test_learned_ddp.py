@@ -63,6 +63,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     )
     for name, method in METHODS.items():
         torch.save(train(rank, world, method), f"{folder}/{name}-{rank}.pt")
+    dist.barrier()  # nobody leaves while another still talks to it
     dist.destroy_process_group()
 
 

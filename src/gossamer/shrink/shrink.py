@@ -1,8 +1,9 @@
-"""shrink: cut every channel that no layer reads out of a plain model with zeros in it."""
+"""shrink: cut every channel that does nothing out of a plain model with zeros in it."""
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from gossamer.channels import ChannelGroup, find_groups
 from gossamer.example import Example, first_samples
+from gossamer.shrink.fold import fold_constants
 from gossamer.shrink.plan import Plan
 from gossamer.shrink.verify import cut_verified, max_difference, outputs, try_cuts
 
@@ -60,12 +62,13 @@ class Shrunk:
 
 
 def shrink(model: nn.Module, example: Example, plan: Plan | None = None) -> Shrunk:
-    """A copy of `model` without the channels that no layer reads; outputs stay the same.
+    """A copy of `model` without the channels that do nothing; outputs stay the same.
 
     A channel goes when every consumer's weights for it are zero: then whatever it computes, and
-    whatever a norm adds to it, reaches nothing. Cutting one layer can free channels of the layer
-    before, so this repeats until nothing more goes. Cuts are verified on the example and taken
-    back where outputs differ.
+    whatever a norm adds to it, reaches nothing. It goes too when its own weights are all zero, and
+    the constant that is left of it can be folded into its readers' biases. Cutting one layer can
+    free channels of the layer before or behind, so this repeats until nothing more goes. All is
+    verified on the example, in eval mode, and taken back where outputs differ.
 
     Args:
         model: A plain model (after `finalize()`); it is not changed.
@@ -89,7 +92,10 @@ def shrink(model: nn.Module, example: Example, plan: Plan | None = None) -> Shru
     notes = {group.name: group.locked for group in groups if group.locked}
     sample = first_samples(example, 2)
     notes |= try_cuts(model, [group for group in groups if not group.locked], sample)
+    folded: Counter[str] = Counter()
     while True:
+        constants = fold_constants(slim, [g for g in groups if g.name not in notes], sample)
+        folded.update(constants.channels)
         dead = [(g, _removable(slim, g)) for g in groups if g.name not in notes]
         made = cut_verified(slim, dead, sample)
         notes.update(made.refused)
@@ -103,12 +109,20 @@ def shrink(model: nn.Module, example: Example, plan: Plan | None = None) -> Shru
             group.name,
             before[group.name],
             group.channels,
-            f"kept: {notes[group.name]}" if group.name in notes else "",
+            _note(notes.get(group.name), folded[group.name], constants.kept.get(group.name)),
         )
         for group in groups
     )
     difference = max_difference(outputs(model, example), outputs(slim, example))
     return Shrunk(slim, whole, report, difference)
+
+
+def _note(locked: str | None, folded: int, silent: str | None) -> str:
+    if locked is not None:
+        return f"kept: {locked}"
+    parts = [f"{folded} constant, folded into the next bias"] if folded else []
+    parts += [f"constant channels kept: {silent}"] if silent else []
+    return "; ".join(parts)
 
 
 def _removable(model: nn.Module, group: ChannelGroup) -> Tensor:

@@ -13,7 +13,7 @@ from gossamer.channels import ChannelGroup, Cut
 from gossamer.example import Example, evaluating, map_tensors, run
 from gossamer.shrink.slice import apply_cuts, cuts_for
 
-__all__ = ["Verified", "cut_verified", "max_difference", "outputs", "try_cuts"]
+__all__ = ["Verified", "cut_verified", "max_difference", "outputs", "tolerance", "try_cuts"]
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -42,7 +42,7 @@ def max_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     return worst
 
 
-def _tolerance(values: Sequence[Tensor], least_scale: float) -> float:
+def tolerance(values: Sequence[Tensor], least_scale: float) -> float:
     """Difference that reordered sums may cause, relative to the largest output."""
     scale = max([least_scale, *(float(value.abs().max()) for value in values if value.numel())])
     return scale * max((_TOLERANCE.get(value.dtype, 0.0) for value in values), default=0.0)
@@ -69,7 +69,7 @@ def cut_verified(
     `least_scale`.
     """
     before = outputs(model, example)
-    limit = _tolerance(before, least_scale)
+    limit = tolerance(before, least_scale)
 
     def attempt(chosen: Sequence[tuple[ChannelGroup, Tensor]]) -> tuple[list[Cut], str]:
         cuts = cuts_for(model, chosen)
@@ -175,7 +175,7 @@ def _differs_in_training(
     if max_difference(before, again) > 0:
         return False
     # Norms over few samples amplify rounding far beyond that of eval mode.
-    return max_difference(before, after) > 1e3 * _tolerance(before, 1.0)
+    return max_difference(before, after) > 1e3 * tolerance(before, 1.0)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

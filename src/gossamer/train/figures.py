@@ -37,7 +37,7 @@ class Delivered:
 
     Attributes:
         sparse: The full-width network with the trained zeros.
-        slim: The same network without the channels that nothing reads.
+        slim: The same network without the channels that do nothing.
         plan: Cuts the full-width network to `slim`.
         supports: Of every sparse weight, bool, at full width.
         eligible: Channel groups, at full width, that could have lost channels.

@@ -1,0 +1,170 @@
+"""Folding: a channel that computes nothing but a constant moves into the biases of its readers.
+
+Where all weights of a channel are zero, what is left of it is its bias and what norms and
+activations make of that: the same number for every input. Its readers can have that number in
+their own bias, and need not read it any more. That is exact in a linear layer, and in a convolution
+that does not pad with zeros (at the border those would stand in the constant's place). A constant
+of zero can go anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.channels import ChannelGroup
+from gossamer.example import Example, evaluating, map_tensors, run
+from gossamer.shrink.verify import max_difference, outputs, tolerance
+
+__all__ = ["Folded", "fold_constants", "silent"]
+
+
+class Folded(NamedTuple):
+    """channels: how many were folded per group. kept: why silent channels of a group were not."""
+
+    channels: dict[str, int]
+    kept: dict[str, str]
+
+
+@torch.no_grad()
+def fold_constants(model: nn.Module, groups: Sequence[ChannelGroup], example: Example) -> Folded:
+    """Fold the constants of silent channels into their readers, in place, verified.
+
+    The readers' weights for these channels are zero afterwards. A group whose folding changes the
+    outputs on the example is left as it was.
+
+    Args:
+        model: A plain model.
+        groups: Channels that may go.
+        example: An input of the model.
+    """
+    channels: dict[str, int] = {}
+    kept: dict[str, str] = {}
+    before = outputs(model, example)
+    for group in groups:
+        rows = (silent(model, group) & _read(model, group)).nonzero().squeeze(1)
+        if not len(rows):
+            continue
+        inputs = _inputs(model, group, example)
+        foldable = torch.ones(len(rows), dtype=torch.bool)
+        deltas = []
+        for part in group.consumers:
+            reader = model.get_submodule(part.layer)
+            seen = inputs[part.layer]
+            if isinstance(seen, str):
+                foldable[:] = False
+                kept[group.name] = seen
+                break
+            positions = part.index[rows]  # (rows, per_channel)
+            low, high = (extreme[positions] for extreme in seen)
+            constant = ((high - low) <= 1e-6 * high.abs().clamp(min=1e-12)).all(1)
+            if not constant.all():
+                kept[group.name] = "what they emit is not one constant"
+            reason = _not_exact(part.layer, reader)
+            exact = constant if not reason else constant & (high == 0).all(1) & (low == 0).all(1)
+            if reason and bool((constant & ~exact).any()):
+                kept[group.name] = reason
+            foldable &= exact
+            deltas.append((reader, positions, high))
+        if not foldable.any():
+            continue
+        were = [_state(reader) for reader, *_ in deltas]
+        for reader, positions, values in deltas:
+            _fold(reader, positions[foldable].flatten(), values[foldable].flatten())
+        difference = max_difference(before, outputs(model, example))
+        if difference > tolerance(before, 1.0):
+            for (reader, *_), state in zip(deltas, were, strict=True):
+                reader.load_state_dict(state)
+            kept[group.name] = f"folding them changes the outputs by {difference:.3g}"
+        else:
+            channels[group.name] = int(foldable.sum())
+    return Folded(channels, kept)
+
+
+def silent(model: nn.Module, group: ChannelGroup) -> Tensor:
+    """`(channels,)` bool: channels all of whose weights are zero, in every producer."""
+    found = torch.ones(group.channels, dtype=torch.bool)
+    for part in group.producers:
+        weight = _weight(model.get_submodule(part.layer))
+        found &= ~(weight != 0).flatten(1).any(1).cpu()[part.index].any(1)
+    return found
+
+
+def _read(model: nn.Module, group: ChannelGroup) -> Tensor:
+    found = torch.zeros(group.channels, dtype=torch.bool)
+    for part in group.consumers:
+        weight = _weight(model.get_submodule(part.layer))
+        found |= (weight != 0).transpose(0, 1).flatten(1).any(1).cpu()[part.index].any(1)
+    return found
+
+
+def _inputs(
+    model: nn.Module, group: ChannelGroup, example: Example
+) -> dict[str, tuple[Tensor, Tensor] | str]:
+    """Lowest and highest value that each reader sees at each input position, or why unknown."""
+    seen: dict[str, list[Tensor]] = {part.layer: [] for part in group.consumers}
+
+    def watch(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            dim = 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
+            seen[layer].append(arguments[0].detach().movedim(dim, 0).flatten(1))
+
+        return hook
+
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor + torch.randn(tensor.shape, generator=generator).to(tensor)
+
+    handles = [model.get_submodule(layer).register_forward_pre_hook(watch(layer)) for layer in seen]
+    try:
+        with evaluating(model):
+            for inputs in (example, map_tensors(example, noisy)):
+                run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: dict[str, tuple[Tensor, Tensor] | str] = {}
+    for layer, values in seen.items():
+        if len(values) != 2:
+            found[layer] = f"{layer} runs {len(values) // 2} times in a forward pass"
+        else:
+            whole = torch.cat(values, 1).double().cpu()
+            found[layer] = (whole.amin(1), whole.amax(1))
+    return found
+
+
+def _not_exact(layer: str, reader: nn.Module) -> str:
+    """Why a constant other than zero cannot be folded into this reader; empty when it can."""
+    if isinstance(reader, nn.modules.conv._ConvNd):
+        padded = reader.padding != "valid" and any(
+            size != 0 for size in (reader.padding if not isinstance(reader.padding, str) else (1,))
+        )
+        if padded and reader.padding_mode == "zeros":
+            return f"{layer} pads with zeros, which stand in the constant's place at the border"
+    if reader.bias is None:
+        return f"{layer} has no bias to fold their constants into"
+    return ""
+
+
+def _fold(reader: nn.Module, positions: Tensor, values: Tensor) -> None:
+    weight = _weight(reader)
+    columns = weight[:, positions.to(weight.device)].double()
+    if isinstance(reader.bias, Tensor):
+        per_position = columns.flatten(2).sum(2) if columns.dim() > 2 else columns
+        reader.bias += (per_position @ values.to(columns)).to(reader.bias)
+    weight[:, positions.to(weight.device)] = 0
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module.weight, Tensor)
+    return module.weight.detach()
