@@ -133,6 +133,21 @@ def test_the_target_takes_the_place_of_the_penalty_and_of_resets() -> None:
     assert densities[-1] == pytest.approx(0.05, abs=1e-3)
 
 
+def test_recurrent_matrices_end_at_the_target_too() -> None:
+    torch.manual_seed(0)
+    lstm = nn.LSTM(6, 12, batch_first=True)
+    sparsifier = gossamer.Sparsifier(lstm, gossamer.DST(target_density=0.25), total_steps=12)
+    optimizer = torch.optim.Adam(sparsifier.parameter_groups(), lr=1e-2)
+    for _ in range(12):
+        out, _ = lstm(torch.randn(8, 5, 6))
+        out.square().mean().backward()
+        optimizer.step()
+        sparsifier.step(optimizer)
+        optimizer.zero_grad()
+    assert len(sparsifier.sites) == 2
+    assert sparsifier.density == pytest.approx(0.25, abs=1e-3)
+
+
 def test_weights_that_no_threshold_reaches_are_told_of() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(8, 8)

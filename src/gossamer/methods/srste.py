@@ -80,7 +80,7 @@ class SRSTE(Method):
         check_choice(self, "remainder", ("exclude", "pad", "dense"))
         if not math.isfinite(self.lam):
             raise ValueError(f"SRSTE: lam={self.lam!r}: give a finite number, 0 for plain STE")
-        check_range(self, "refresh_interval", 1, math.inf)
+        check_range(self, "refresh_interval", 1, math.inf, whole=True)
         check_range(self, "dense_until", 0, 1)
         check_range(self, "anneal_until", 0, 1)
         if 0 < self.anneal_until <= self.dense_until:
