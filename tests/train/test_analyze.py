@@ -56,7 +56,12 @@ def test_a_run_is_analysed(run: TrainConfig, capsys: pytest.CaptureFixture[str])
         assert found["layers"][site.name]["by_density"]["spread"] == stats.by_density.spread
     with (run.folder / "layers.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert float(rows[-1]["channel_spread"]) == stats.by_density.spread  # the last layer's
+    last = rows[-1]  # of the last layer
+    assert float(last["channel_spread"]) == stats.by_density.spread
+    assert float(last["umm_spread_random"]) == stats.by_umm.random
+    assert float(last["channels_below_half"]) == stats.by_density.below_half
+    assert float(last["channels_below_mean"]) == stats.by_density.below_mean
+    assert float(last["umm_below_mean"]) == stats.by_umm.below_mean
 
     cuts = found["cuts"]
     assert (cuts[0]["share"], cuts[0]["error"], cuts[0]["macs_executed"]) == (0, 0, 1)
@@ -65,7 +70,9 @@ def test_a_run_is_analysed(run: TrainConfig, capsys: pytest.CaptureFixture[str])
     assert cuts[-1]["macs_executed"] < 0.9
 
     drawing = ElementTree.parse(run.folder / "analysis.svg").getroot()
-    assert "features.3" in "".join(drawing.itertext())
+    shown = "".join(drawing.itertext())
+    assert "features.3" in shown
+    assert "share of channels below half the mean density" in shown
     told = (run.folder / "analysis.md").read_text()
     assert "the sparsest 30% of each layer's channels hold" in told
 

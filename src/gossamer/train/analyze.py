@@ -202,29 +202,41 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _draw(path: Path, found: Mapping[str, Any], epochs: Sequence[Mapping[str, str]]) -> None:
-    drawing = figure(11, 4.2)
-    over_time, of_cuts = drawing.subplots(1, 2)
-    for index, name in enumerate(found["layers"]):
-        rows = [row for row in epochs if row["layer"] == name]
-        at = [int(row["epoch"]) for row in rows]
-        ratios = [_ratio(row["channel_spread"], row["channel_spread_random"]) for row in rows]
-        over_time.plot(at, ratios, color=f"C{index % 10}", linewidth=1, label=name)
-    over_time.axhline(1.0, color="black", linestyle="--", linewidth=1, label="random mask")
-    over_time.set_xlabel("epoch")
-    over_time.set_ylabel("spread of channel density / random")
-    over_time.set_ylim(bottom=0)
-    if len(found["layers"]) <= 20:
-        over_time.legend(fontsize="x-small")
+    drawing = figure(12, 7.4)
+    (density, umm, of_cuts), (below_half, below_mean, keys) = drawing.subplots(2, 3)
+    panels = {
+        density: ("spread of channel density / random", "channel_spread"),
+        umm: ("spread of UMM / random", "umm_spread"),
+        below_half: ("share of channels below half the mean density", "channels_below_half"),
+        below_mean: ("share of channels below the mean density", "channels_below_mean"),
+    }
+    for axes, (caption, column) in panels.items():
+        for index, name in enumerate(found["layers"]):
+            rows = [row for row in epochs if row["layer"] == name]
+            at = [int(row["epoch"]) for row in rows]
+            values = [_against_random(row, column) for row in rows]
+            axes.plot(at, values, color=f"C{index % 10}", linewidth=1, label=name)
+        if column.endswith("spread"):
+            axes.axhline(1.0, color="black", linestyle="--", linewidth=1, label="random mask")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(caption)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    keys.axis("off")
+    handles, labels = density.get_legend_handles_labels()
+    if len(found["layers"]) <= 40:
+        keys.legend(handles, labels, loc="center", fontsize="x-small", ncols=2)
     of_cuts.plot(
         [row["share"] for row in found["cuts"]], [row["error"] for row in found["cuts"]], "o-"
     )
     of_cuts.set_xlabel("share of channels cut, weakest first")
     of_cuts.set_ylabel("relative error of the outputs")
     of_cuts.set_ylim(bottom=0)
-    for axes in (over_time, of_cuts):
-        axes.grid(alpha=0.3)
+    of_cuts.grid(alpha=0.3)
     write_svg(path, drawing)
 
 
-def _ratio(spread: str, random: str) -> float:
-    return float(spread) / float(random) if float(random) else float("nan")
+def _against_random(row: Mapping[str, str], column: str) -> float:
+    """A figure of layers.csv, over what chance would give where that is known."""
+    chance = float(row.get(f"{column}_random", 1.0))
+    return float(row[column]) / chance if chance else float("nan")

@@ -292,6 +292,10 @@ class _Classifier(LightningModule):
                 "channel_spread_random": channels.by_density.random,
                 "umm_spread": channels.by_umm.spread,
                 "umm_spread_random": channels.by_umm.random,
+                "channels_below_half": channels.by_density.below_half,
+                "channels_below_mean": channels.by_density.below_mean,
+                "umm_below_half": channels.by_umm.below_half,
+                "umm_below_mean": channels.by_umm.below_mean,
             }
             self.history.layers.append({**about, **uneven, **_columns(layer, [site])})
         self.history.end = check.total.to_dict()
