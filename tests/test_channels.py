@@ -63,7 +63,11 @@ def test_tracing_does_not_change_the_model() -> None:
 
 def test_norms_are_carriers() -> None:
     groups = _groups(net("vgg"))
-    assert _layers(groups["features.0"].carriers) == {("features.1", "out")}
+    assert _layers(groups["features.0"].carriers) == {("features.0", "out"), ("features.1", "out")}
+    assert {part.tensor for part in groups["features.0"].carriers} == {
+        "features.0.bias",
+        *(f"features.1.{name}" for name in ("weight", "bias", "running_mean", "running_var")),
+    }
     groups = _groups(net("mobilenet"))
     assert _layers(groups["stem.0"].carriers) == {
         ("stem.1", "out"),
@@ -102,12 +106,18 @@ def test_after_a_cut_positions_are_renumbered() -> None:
     group = _groups(net("conv_flatten_linear"))["conv2"]
     keep = torch.tensor([0, 2, 5, 15])
     rows = group.consumers[0].index[keep].flatten()
-    slim = group.after([Cut("conv2", "out", keep, 16), Cut("fc1", "in", rows, 256)])
+    slim = group.after(
+        [
+            Cut("conv2.weight", 0, keep, 16),
+            Cut("conv2.bias", 0, keep, 16),
+            Cut("fc1.weight", 1, rows, 256),
+        ]
+    )
     assert slim.channels == 4
     assert slim.producers[0].index.tolist() == [[0], [1], [2], [3]]
     assert torch.equal(slim.consumers[0].index, torch.arange(64).reshape(4, 16))
     # Cuts of other layers leave it alone.
-    same = group.after([Cut("conv1", "out", torch.tensor([1]), 12)])
+    same = group.after([Cut("conv1.weight", 0, torch.tensor([1]), 12)])
     assert same.channels == 16
     assert torch.equal(same.consumers[0].index, group.consumers[0].index)
 
@@ -534,9 +544,9 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], set[str], set[str]]] = {
     "hard-coded view": (_through(lambda x: x.view(len(x), 16, 8, 8)), {"conv2"}, {"conv1"}),
     "hard-coded view, any batch": (_through(lambda x: x.view(-1, 16, 8, 8)), {"conv2"}, {"conv1"}),
     "hard-coded flatten": (ViewOfChannels, {"conv1"}, {"conv2"}),
-    "pixels first": (PixelsFirst, {"conv1"}, {"conv2"}),
-    "pixels first, zero head": (PixelsFirstZeroHead, {"conv1"}, {"conv2"}),
-    "pixels first, tiny outputs": (PixelsFirstTinyOutput, {"conv1"}, {"conv2"}),
+    "pixels first": (PixelsFirst, {"conv1", "conv2"}, set()),
+    "pixels first, zero head": (PixelsFirstZeroHead, {"conv1", "conv2"}, set()),
+    "pixels first, tiny outputs": (PixelsFirstTinyOutput, {"conv1", "conv2"}, set()),
     "also an output": (AlsoAnOutput, {"conv2"}, {"conv1"}),
     "also an output, raw": (AlsoAnOutputRaw, {"conv2"}, {"conv1"}),
     "also an output, averaged": (AlsoAnOutputAveraged, {"conv2"}, {"conv1"}),
@@ -557,15 +567,19 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], set[str], set[str]]] = {
         {"conv2"},
         {"conv1"},
     ),
-    "chunk": (_through(_gate, 8), {"conv2"}, {"conv1"}),
-    "glu": (_through(lambda x: F.glu(x, 1), 8), {"conv2"}, {"conv1"}),
-    "slice": (_through(lambda x: F.relu(x[:, :8]), 8), {"conv2"}, {"conv1"}),
+    "chunk": (_through(_gate, 8), {"conv1", "conv2"}, set()),
+    "glu": (_through(lambda x: F.glu(x, 1), 8), {"conv1", "conv2"}, set()),
+    "slice": (_through(lambda x: F.relu(x[:, :8]), 8), {"conv2"}, {"conv1[0:8]", "conv1[8:16]"}),
     "uneven split": (_through(_swap_uneven), {"conv2"}, {"conv1"}),
     "channel shuffle": (_through(_shuffle), {"conv2"}, {"conv1"}),
-    "flip": (_through(lambda x: F.relu(x.flip(1))), {"conv2"}, {"conv1"}),
+    "flip": (_through(lambda x: F.relu(x.flip(1))), {"conv1", "conv2"}, set()),
     "roll": (_through(lambda x: F.relu(x.roll(3, 1))), {"conv2"}, {"conv1"}),
     "permuted": (Permuted, {"conv2"}, {"conv1"}),
-    "pixel shuffle": (_through(lambda x: F.relu(F.pixel_shuffle(x, 2)), 4), {"conv2"}, {"conv1"}),
+    "pixel shuffle": (
+        _through(lambda x: F.relu(F.pixel_shuffle(x, 2)), 4),
+        {"conv1", "conv2"},
+        set(),
+    ),
     "unflatten": (
         _through(lambda x: F.relu(x.unflatten(1, (4, 4)).mean(2)), 4),
         {"conv2"},
@@ -576,18 +590,22 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], set[str], set[str]]] = {
         {"conv1", "conv2"},
         set(),
     ),
-    "scaled by a buffer": (ScaledByBuffer, {"conv2"}, {"conv1"}),
-    "scaled by a parameter": (ScaledByParameter, {"conv2"}, set()),
-    "prelu": (_with(lambda: nn.PReLU(16)), {"conv2"}, set()),
+    "scaled by a buffer": (ScaledByBuffer, {"conv1", "conv2"}, set()),
+    "scaled by a parameter": (ScaledByParameter, {"conv1", "conv2"}, set()),
+    "prelu": (_with(lambda: nn.PReLU(16)), {"conv1", "conv2"}, set()),
     "dropout": (_with(lambda: nn.Dropout2d(0.0)), {"conv1", "conv2"}, set()),
     "group norm": (_with(lambda: nn.GroupNorm(4, 16)), {"conv2"}, {"conv1"}),
     "layer norm": (_with(lambda: nn.LayerNorm([16, 8, 8])), {"conv2"}, {"conv1"}),
-    "instance norm": (_with(lambda: nn.InstanceNorm2d(16, affine=True)), {"conv2"}, set()),
-    "grouped": (_with(lambda: nn.Conv2d(16, 16, 3, padding=1, groups=4)), {"conv2"}, {"conv1"}),
+    "instance norm": (_with(lambda: nn.InstanceNorm2d(16, affine=True)), {"conv1", "conv2"}, set()),
+    "grouped": (
+        _with(lambda: nn.Conv2d(16, 16, 3, padding=1, groups=4)),
+        {"conv1", "conv2"},
+        set(),
+    ),
     "depth multiplier": (
         _with(lambda: nn.Conv2d(16, 32, 3, padding=1, groups=16), 32),
-        {"conv2"},
-        {"conv1"},
+        {"conv1", "conv2"},
+        set(),
     ),
     "transposed": (_with(lambda: nn.ConvTranspose2d(16, 16, 1)), {"conv2"}, set()),
     "called twice": (CalledTwice, {"conv2"}, {"conv1"}),
@@ -608,8 +626,8 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], set[str], set[str]]] = {
     "fixed width in training": (FixedWidthInTraining, {"conv2"}, {"conv1"}),
     "gram matrix": (GramMatrix, {"conv1"}, {"conv2"}),
     "attention": (Attention, {"up"}, {"embed"}),
-    "hand-made attention": (HandMadeAttention, {"up"}, {"embed"}),
-    "fused qkv": (lambda: HandMadeAttention(fused=True), {"up"}, {"embed"}),
+    "hand-made attention": (HandMadeAttention, {"up"}, {"embed", "q"}),
+    "fused qkv": (lambda: HandMadeAttention(fused=True), {"up"}, {"embed", "qkv"}),
     "lstm": (Recurrent, {"hidden"}, set()),
 }
 
@@ -703,48 +721,51 @@ def test_shrink_is_exact_or_leaves_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_groups_of_the_zoo_lie_inside_their_layers(name: str) -> None:
+def test_groups_of_the_zoo_lie_inside_their_tensors(name: str) -> None:
     model = _zoo_model(name)
+    tensors = model.state_dict()
     for group in find_groups(model, images(2)):
-        if group.locked:
-            continue
-        for part in group.slices:
-            module = model.get_submodule(part.layer)
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                width = module.weight.shape[0 if part.axis == "out" else 1]
-            else:
-                width = module.num_features
-            assert part.index.shape[0] == group.channels
-            assert int(part.index.min()) >= 0
-            assert int(part.index.max()) < width, (group.name, part.layer)
-            assert part.index.unique().numel() == part.index.numel()
+        if not group.locked:
+            for part in group.slices:
+                width = tensors[part.tensor].shape[part.dim]
+                assert part.index.shape[0] == group.channels
+                assert int(part.index.min()) >= 0
+                assert int(part.index.max()) < width, (group.name, part.tensor)
+                assert part.index.unique().numel() == part.index.numel()
 
 
 @pytest.mark.parametrize(
     ("name", "layer", "words"),
     [
-        ("group norm", "conv1", ["extra", "GroupNorm"]),
-        ("layer norm", "conv1", ["extra", "LayerNorm"]),
-        ("grouped", "conv1", ["extra", "grouped convolution"]),
-        ("grouped", "extra", ["grouped convolution"]),
-        ("also an output, averaged", "conv1", ["output of the model"]),
+        ("group norm", "conv1", ["extra", "GroupNorm", "mean"]),
+        ("layer norm", "conv1", ["extra", "LayerNorm", "mean"]),
+        ("also an output", "conv1", ["output of the model"]),
+        ("also an output, averaged", "conv1", ["mean", "mixes all"]),
         ("hard-coded view", "conv1", ["fails once they are cut", "shape"]),
-        ("pixels first", "conv2", ["changes the outputs"]),
-        ("plain", "fc", []),
+        ("roll", "conv1", ["changes the outputs"]),
+        ("uneven split", "conv1", ["split"]),
+        ("squeeze and excite", "conv1", ["several layers"]),
+        ("plain", "fc", ["output of the model"]),
     ],
 )
 def test_reasons(name: str, layer: str, words: list[str]) -> None:
     chase = gossamer.Chase(channel_sparsity=0.2)
     sparsifier = gossamer.Sparsifier(_zoo_model(name), chase, total_steps=100, example=images(2))
     reason = sparsifier.locked[layer]
-    assert reason
     for word in words:
         assert word in reason, reason
 
 
-def test_a_parameter_that_is_not_in_any_layer_is_named() -> None:
-    groups = _groups(_zoo_model("scaled by a parameter"))
-    assert "parameter" in groups["conv1"].locked
+def test_what_passes_the_channels_is_cut_with_them() -> None:
+    for name, tensor, dim in (
+        ("scaled by a parameter", "scale", 1),
+        ("scaled by a buffer", "scale", 1),
+        ("prelu", "extra.weight", 0),
+        ("instance norm", "extra.bias", 0),
+        ("plain", "conv1.bias", 0),
+    ):
+        carriers = _groups(_zoo_model(name))["conv1"].carriers
+        assert (tensor, dim) in {(part.tensor, part.dim) for part in carriers}
 
 
 def test_several_inputs_and_outputs() -> None:

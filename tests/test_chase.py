@@ -638,7 +638,7 @@ def _train_alike(runs, *, least_cuts: int = 2) -> None:
     assert masked.live_channels == slim.live_channels
     assert sum(p.numel() for p in runs["end"][0].parameters()) > max(widths) - 1
     for site, cut in zip(masked.sites, slim.sites, strict=True):
-        rows, columns = slim.plan.kept(site.name, "out"), slim.plan.kept(site.name, "in")
+        rows, columns = slim.plan.kept(site.tensor_name, 0), slim.plan.kept(site.tensor_name, 1)
         mask = site.masked.mask
         mask = mask if rows is None else mask[rows]
         mask = mask if columns is None else mask[:, columns]
@@ -758,8 +758,8 @@ def test_clipping_and_schedulers_do_not_notice_a_cut() -> None:
         np.testing.assert_allclose(masked, slim, rtol=1e-11)
 
 
-def _kept(plan: gossamer.Plan) -> dict[tuple[str, str], list[int]]:
-    return {(row["layer"], row["axis"]): row["kept"] for row in plan.to_dict()["layers"]}
+def _kept(plan: gossamer.Plan) -> dict[tuple[str, int], list[int]]:
+    return {(cut.tensor, cut.dim): cut.keep.tolist() for cut in plan.changes}
 
 
 @pytest.mark.parametrize("name", NETS)

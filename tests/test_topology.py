@@ -285,8 +285,8 @@ def test_cut_layers_count_in_their_original_shape() -> None:
         whole = supports[site.name]
         assert whole.shape == site.original_shape
         assert int(whole.count_nonzero()) == site.nonzeros
-        rows = sparsifier.plan.kept(site.name, "out")
-        columns = sparsifier.plan.kept(site.name, "in")
+        rows = sparsifier.plan.kept(site.tensor_name, 0)
+        columns = sparsifier.plan.kept(site.tensor_name, 1)
         part = whole if rows is None else whole[rows]
         part = part if columns is None else part[:, columns]
         assert torch.equal(part, site.support)

@@ -1,66 +1,96 @@
-"""Channel groups: which slices of which layers must be cut together.
+"""Channel groups: which slices of which tensors must be cut together.
 
-The only file that imports torch_pruning. Its dependency graph, traced through autograd, says which
-layers share a channel; this adapter turns a traced group into plain index tables, or into a reason
-why the channels must stay. Cutting, verifying and rolling back are not its business.
+`provenance` finds out which places of a network's parameters hang together; this room says it in
+the words of layers: what computes a channel, what it passes, what reads it, or why it must stay.
+Cutting, verifying and rolling back are not its business.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from gossamer.example import Example, call_arguments, run
+from gossamer.example import Example, call_arguments, first_samples, map_tensors
+from gossamer.provenance import Atom, AtomClass, trace
 
-__all__ = ["Axis", "ChannelGroup", "Cut", "Slice", "find_groups", "is_depthwise"]
+__all__ = ["Axis", "Change", "ChannelGroup", "Cut", "Resize", "Setting", "Slice", "find_groups"]
 
 Axis = Literal["out", "in"]
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """Where a group's channels lie in one layer.
+    """Where a group's channels lie in one parameter or buffer.
 
-    `index: (channels, per_channel)` int64; row c holds the positions of channel c along `axis`
-    of layer `layer` (one position, or height * width of them behind a flatten).
+    `index: (channels, per_channel)` int64; row c holds the positions of channel c along dimension
+    `dim` of `tensor` (one position, height * width of them behind a flatten, or all rows of an
+    attention head). `axis`: whether those positions are computed or read.
     """
 
-    layer: str
+    tensor: str
+    dim: int
     axis: Axis
     index: Tensor
+
+    @property
+    def layer(self) -> str:
+        """Name of the module that holds the tensor."""
+        return self.tensor.rpartition(".")[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """One layer keeps the positions `keep: (n,)` int64, sorted, of the `width` along `axis`."""
+    """One tensor keeps the positions `keep: (n,)` int64, sorted, of the `width` along `dim`."""
 
-    layer: str
-    axis: Axis
+    tensor: str
+    dim: int
     keep: Tensor
     width: int
 
 
+@dataclass(frozen=True)
+class Setting:
+    """One number of a module goes from `before` to `after`."""
+
+    module: str
+    attribute: str
+    before: int
+    after: int
+
+
+Change = Cut | Setting
+
+
+@dataclass(frozen=True)
+class Resize:
+    """A number in the user's own module that spells a width, as `num_heads` does.
+
+    It falls by `per_channel` with every channel that is cut.
+    """
+
+    module: str
+    attribute: str
+    per_channel: int
+
+
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """Channels that are cut together.
+    """Channels that are cut together; one channel may be a whole attention head.
 
     Attributes:
         name: Layer that produces them (the first, if several do).
         channels: How many there are.
-        producers: Output slices of the layers that compute them.
-        carriers: Output slices of per-channel layers they pass through: norms, depthwise.
-        consumers: Input slices of the layers that read them.
+        producers: Slices of the weights that compute them.
+        carriers: Slices of what they pass through: biases, norms, depthwise weights.
+        consumers: Slices of the weights that read them.
         locked: Why they must not be cut; empty when they may.
+        resizes: Numbers in the user's modules that change with them.
     """
 
     name: str
@@ -69,6 +99,7 @@ class ChannelGroup:
     carriers: tuple[Slice, ...]
     consumers: tuple[Slice, ...]
     locked: str = ""
+    resizes: tuple[Resize, ...] = ()
 
     @property
     def slices(self) -> tuple[Slice, ...]:
@@ -80,17 +111,24 @@ class ChannelGroup:
         """One producer and one consumer: not on a skip path, not branching."""
         return len(self.producers) == 1 and len(self.consumers) == 1
 
-    def after(self, cuts: Sequence[Cut]) -> ChannelGroup:
-        """The group once `cuts` are made together: removed channels gone, positions renumbered."""
+    @property
+    def width(self) -> int:
+        """Output rows of the first producer that the channels take."""
+        return self.producers[0].index.numel() if self.producers else 0
+
+    def after(self, changes: Sequence[Change]) -> ChannelGroup:
+        """The group once the cuts are made together: removed channels gone, the rest renumbered."""
         if not self.slices:
             return self
         rank = {}
-        for cut in cuts:
-            rank[cut.layer, cut.axis] = torch.full((cut.width,), -1)
-            rank[cut.layer, cut.axis][cut.keep] = torch.arange(len(cut.keep))
+        for cut in changes:
+            if isinstance(cut, Setting):
+                continue
+            rank[cut.tensor, cut.dim] = torch.full((cut.width,), -1)
+            rank[cut.tensor, cut.dim][cut.keep] = torch.arange(len(cut.keep))
         moved = [
-            replace(part, index=rank[part.layer, part.axis][part.index])
-            if (part.layer, part.axis) in rank
+            replace(part, index=rank[part.tensor, part.dim][part.index])
+            if (part.tensor, part.dim) in rank
             else part
             for part in self.slices
         ]
@@ -107,57 +145,74 @@ class ChannelGroup:
 
 
 def find_groups(model: nn.Module, example: Example) -> list[ChannelGroup]:
-    """All channel groups of `model`, each named by its first producer, in module order.
+    """All channel groups of `model`, each named by its first producer, in the model's order.
 
-    The model is traced as a copy in eval mode; it is not changed.
+    The model is traced as a copy on the CPU, in eval mode; it is not changed. Layers that the
+    example does not reach have a locked group too.
 
     Raises:
-        ValueError: The model cannot be run or traced on the example; names the module.
+        ValueError: The model cannot be run on the example; names the module.
     """
-    # A copy, with every parameter trainable: the graph is read off autograd's nodes.
-    traced = copy.deepcopy(model).eval()
-    for parameter in traced.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
     call_arguments(example)  # a wrong type is the caller's slip, not the model's
-    graph = _trace(traced, example)
-    names = {module: name for name, module in traced.named_modules()}
-    groups: list[ChannelGroup] = []
-    grouped: set[str] = set()
-    for module, name in names.items():
-        if isinstance(module, _WEIGHTED) and not is_depthwise(module) and name not in grouped:
-            group = _group(graph, module, name, names)
-            grouped.update(part.layer for part in group.producers)
-            groups.append(group)
+    order = {name: place for place, name in enumerate(_tensor_names(model))}
+    classes = _trace(copy.deepcopy(model).cpu(), example)
+    alike: dict[object, list[AtomClass]] = {}
+    for found in classes:
+        # Channels of one group have equally many positions in the same tensors.
+        signature = tuple(
+            tuple(sorted(_counts(side).items())) for side in (found.made, found.carried, found.read)
+        )
+        alike.setdefault((signature, found.locked), []).append(found)
+    groups = [_group(members, order) for members in alike.values()]
+    groups = _named(sorted(groups, key=lambda group: order[group.producers[0].tensor]))
+    reached = {part.layer for group in groups for part in group.producers}
+    for name, module in model.named_modules():
+        if isinstance(module, _LAYERS) and name not in reached and _wide(module):
+            groups.append(
+                ChannelGroup(name, 0, (), (), (), "the example's output does not depend on it")
+            )
     return groups
 
 
-def _trace(model: nn.Module, example: Example) -> Any:
-    running: list[str] = []
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-    def watch(name: str, module: nn.Module) -> list[Any]:
-        def enter(*_: Any) -> None:
+
+def _wide(module: nn.Module) -> bool:
+    assert isinstance(module.weight, Tensor)
+    groups = getattr(module, "groups", 1)
+    return module.weight.shape[0] > 1 and groups == 1
+
+
+def _tensor_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+
+
+def _trace(model: nn.Module, example: Example) -> list[AtomClass]:
+    running: list[str] = []
+    kinds = {name: f"{name} ({type(module).__name__})" for name, module in model.named_modules()}
+
+    def watch(name: str, module: nn.Module) -> list[RemovableHandle]:
+        def enter(*_: object) -> None:
             running.append(name)
 
-        def leave(*_: Any) -> None:
+        def leave(*_: object) -> None:
             running.pop()
 
         return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
+    def where() -> str:
+        return kinds[running[-1]] if running and running[-1] else ""
+
+    sample = map_tensors(first_samples(example, 2), lambda tensor: tensor.cpu())
     hooks = [hook for name, module in model.named_modules() for hook in watch(name, module)]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     try:
-        with torch.enable_grad(), torch.random.fork_rng(devices=devices):
-            output = run(model, example)
-            running.clear()
-            for hook in hooks:
-                hook.remove()
-            # torch_pruning takes a mapping as keywords and anything else as positional inputs.
-            inputs = (example,) if isinstance(example, Tensor) else example
-            del output
-            return tp.DependencyGraph().build_dependency(model, inputs, verbose=False)
+        with torch.random.fork_rng(devices=[]):
+            return trace(model, sample, where)
     except Exception as error:
         raise ValueError(_cannot_trace(model, running, error)) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _cannot_trace(model: nn.Module, running: list[str], error: Exception) -> str:
@@ -171,79 +226,52 @@ def _cannot_trace(model: nn.Module, running: list[str], error: Exception) -> str
     )
 
 
-def _group(graph: Any, root: nn.Module, name: str, names: Mapping[nn.Module, str]) -> ChannelGroup:
-    if root not in graph.module2node:
-        return _locked(name, "the example's output does not depend on it")
-    pruner = graph.get_pruner_of_module(root)
-    channels = pruner.get_out_channels(root)
-    try:
-        traced = graph.get_pruning_group(root, pruner.prune_out_channels, list(range(channels)))
-    except Exception as error:  # whatever torch_pruning raises, it cannot follow these channels
-        return _locked(name, f"they cannot be followed ({type(error).__name__}: {error})")
-    producers: list[Slice] = []
-    carriers: list[Slice] = []
-    consumers: list[Slice] = []
-    reason = ""
-    for item in traced:
-        module = item.dep.target.module
-        if item.dep.target.type == tp.ops.OPTYPE.OUTPUT:
-            reason = reason or "they are an output of the model"
-        layer = names.get(module)
-        if layer is None:
-            if isinstance(module, nn.Parameter):
-                reason = reason or "a parameter outside any layer spans them"
-            continue
-        out = graph.is_out_channel_pruning_fn(item.dep.handler)
-        kind = f"{layer} ({type(module).__name__})"
-        if isinstance(module, (*_NORMS, *_WEIGHTED)):
-            if isinstance(module, _CONVOLUTIONS) and module.groups > 1 and not is_depthwise(module):
-                reason = reason or f"{kind} is a grouped convolution"
-            index = _table(item.idxs, item.root_idxs, channels)
-            if index is None or int(index.max()) >= _width(module, out):
-                reason = reason or f"their places in {kind} do not line up"
-                continue
-            if isinstance(module, _NORMS) or is_depthwise(module):
-                carriers.append(Slice(layer, "out", index))
-            elif out:
-                producers.append(Slice(layer, "out", index))
-            else:
-                consumers.append(Slice(layer, "in", index))
-        else:
-            reason = reason or f"{kind} cannot be cut exactly"
-    if not consumers:
-        reason = reason or "no layer reads them"
-    return ChannelGroup(
-        name, channels, tuple(producers), tuple(carriers), tuple(consumers), locked=reason
+def _counts(atoms: Iterable[Atom]) -> dict[tuple[str, int], int]:
+    counts: dict[tuple[str, int], int] = {}
+    for atom in atoms:
+        counts[atom.tensor, atom.dim] = counts.get((atom.tensor, atom.dim), 0) + 1
+    return counts
+
+
+def _group(members: Sequence[AtomClass], order: dict[str, int]) -> ChannelGroup:
+    def slices(side: str, axis: Axis) -> tuple[Slice, ...]:
+        rows: dict[tuple[str, int], list[list[int]]] = {}
+        for member in members:
+            own: dict[tuple[str, int], list[int]] = {}
+            for atom in getattr(member, side):
+                own.setdefault((atom.tensor, atom.dim), []).append(atom.position)
+            for place, positions in own.items():
+                rows.setdefault(place, []).append(sorted(positions))
+        places = sorted(rows, key=lambda place: (order[place[0]], place[1]))
+        return tuple(Slice(*place, axis, torch.tensor(rows[place])) for place in places)
+
+    members = sorted(members, key=lambda member: (order[member.made[0].tensor], member.made[0]))
+    group = ChannelGroup(
+        "",
+        len(members),
+        slices("made", "out"),
+        slices("carried", "out"),
+        slices("read", "in"),
+        members[0].locked,
     )
+    if group.locked:
+        return group
+    if not group.consumers:
+        return replace(group, locked="no layer reads them")
+    if group.channels == 1:
+        return replace(group, locked="they can only go all together")
+    return group
 
 
-def _width(module: nn.Module, out: bool) -> int:
-    """Width of a layer's weight along its output or input dimension."""
-    if isinstance(module, _NORMS):
-        return module.num_features
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0 if out or is_depthwise(module) else 1]
-
-
-def _table(positions: Sequence[int], roots: Sequence[int], channels: int) -> Tensor | None:
-    """`(channels, per_channel)`, or None when the channels do not have equally many positions."""
-    rows: list[list[int]] = [[] for _ in range(channels)]
-    for position, root in zip(positions, roots, strict=True):
-        rows[root].append(position)
-    if len({len(row) for row in rows}) != 1 or not rows[0]:
-        return None
-    return torch.tensor(rows)
-
-
-def _locked(name: str, reason: str) -> ChannelGroup:
-    return ChannelGroup(name, 0, (), (), (), locked=reason)
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Whether every channel of a convolution is filtered on its own."""
-    return (
-        isinstance(module, _CONVOLUTIONS)
-        and module.groups == module.in_channels == module.out_channels
-        and module.groups > 1
-    )
+def _named(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """Groups with a name each: that of the first producer, and its rows where it has several."""
+    bases = [group.producers[0].tensor.removesuffix(".weight") for group in groups]
+    named: list[ChannelGroup] = []
+    for group, base in zip(groups, bases, strict=True):
+        if bases.count(base) > 1:
+            rows = group.producers[0].index
+            base = f"{base}[{int(rows.min())}:{int(rows.max()) + 1}]"
+        while any(base == other.name for other in named):
+            base += "'"
+        named.append(replace(group, name=base))
+    return named

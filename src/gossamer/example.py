@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     "example_tensors",
     "first_samples",
     "map_tensors",
+    "nested_tensors",
+    "random_sample",
     "run",
 ]
 
@@ -85,6 +89,21 @@ def map_tensors(example: object, change: Callable[[Tensor], Tensor]) -> Any:
     return example
 
 
+def nested_tensors(value: object) -> Iterator[Tensor]:
+    """All tensors in an output: a tensor, or mappings, sequences and dataclasses of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from nested_tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from nested_tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from nested_tensors(getattr(value, field.name))
+
+
 def first_samples(example: Example, count: int) -> Example:
     """The first `count` samples, as copies: enough to compare outputs on.
 
@@ -95,6 +114,30 @@ def first_samples(example: Example, count: int) -> Example:
         return example
     cut: Example = map_tensors(example, lambda tensor: tensor[:count].detach().clone())
     return cut
+
+
+def random_sample(example: Example) -> Example:
+    """A batch of two: the first sample, and one of values drawn like those of the example.
+
+    Floating-point values are normal with the example's mean and deviation, others are drawn among
+    those there are. The example as it is when its tensors do not all have the batch first.
+    """
+    sizes = {len(tensor) if tensor.dim() else 0 for tensor in example_tensors(example)}
+    if len(sizes) != 1 or 0 in sizes:
+        return example
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(tensor: Tensor) -> Tensor:
+        first = tensor[:1].detach()
+        if tensor.is_floating_point():
+            noise = torch.randn(first.shape, generator=generator).to(first)
+            spread = tensor.std() if tensor.numel() > 1 else 1.0
+            return torch.cat([first, noise * spread + tensor.mean()])
+        chosen = torch.randint(tensor.numel(), first.shape, generator=generator)
+        return torch.cat([first, tensor.detach().flatten()[chosen.to(tensor.device)]])
+
+    drawn: Example = map_tensors(example, draw)
+    return drawn
 
 
 @contextmanager

@@ -56,6 +56,12 @@ class Site:
     original_shape: torch.Size
 
     @property
+    def tensor_name(self) -> str:
+        """Full name of the weight in the plain model."""
+        named = self.name == self.tensor or self.name.endswith(f".{self.tensor}")
+        return self.name if named else f"{self.name}.{self.tensor}"
+
+    @property
     def effective(self) -> Tensor:
         """The effective weight, as the layer computes with it."""
         return Place(self.module, self.tensor).weight

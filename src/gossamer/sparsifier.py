@@ -17,18 +17,17 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from gossamer import bake
-from gossamer.channels import Axis, ChannelGroup, Cut, find_groups
-from gossamer.example import Example, first_samples, map_tensors
+from gossamer.channels import Change, ChannelGroup, find_groups
+from gossamer.example import Example, map_tensors
 from gossamer.method import Method, Progress, SupportChange
 from gossamer.shrink.plan import Plan
-from gossamer.shrink.verify import cut_verified, try_cuts
+from gossamer.shrink.verify import cut_verified, probe, try_cuts
 from gossamer.site import ChannelPool, Place, Site, fill_flat_weights, find_layers
 from gossamer.sparse_weight import Masked, zero_after_load
 
 __all__ = ["Sparsifier"]
 
 _STATE_FORMAT = 1
-_AXES: tuple[Axis, ...] = ("out", "in")  # of a weight, in the order of its dimensions
 
 # These update every element from its own gradient and state alone: where weight, gradient and
 # state are zero they stay zero. After any other optimizer the masks are applied again.
@@ -119,7 +118,7 @@ class Sparsifier:
         self.revision = 0
         self._seed = seed
         self._cut = cut
-        self._example = None if example is None else first_samples(example, 2)
+        self._example = None if example is None else probe(model, example)
         self._postponed = False
         self._wants_dense_grad = False
         self._finalized = False
@@ -242,8 +241,8 @@ class Sparsifier:
         found = {}
         for site in self.sites:
             support = site.support
-            for dim, axis in enumerate(_AXES):
-                kept = self.plan.kept(site.name, axis)
+            for dim in range(2):
+                kept = self.plan.kept(site.tensor_name, dim)
                 if kept is not None:
                     shape = (*site.original_shape[: dim + 1], *support.shape[dim + 1 :])
                     support = support.new_zeros(shape).index_copy_(
@@ -307,7 +306,7 @@ class Sparsifier:
             raise ValueError("load_state_dict() needs a fresh Sparsifier, before its first step")
         plan = Plan.from_dict(state["plan"])
         plan.apply(self.model, optimizer)
-        self._follow(plan.cuts)
+        self._follow(plan.changes)
         self.step_count = int(state["step"])
         self._postponed = bool(state["postponed"])
         self.revision += 1
@@ -424,7 +423,7 @@ class Sparsifier:
         for cuts in made.batches:
             self._follow(cuts)
 
-    def _follow(self, cuts: Sequence[Cut]) -> None:
+    def _follow(self, cuts: Sequence[Change]) -> None:
         """Bring plan and pools up to date with cuts that were made on the model."""
         self.plan.record(cuts)
         self.pools = [
@@ -502,16 +501,19 @@ def _eligible(
         if group.locked:
             locked[group.name] = group.locked
         elif not group.internal:
-            locked[group.name] = "they lie on a skip path (several layers write or read them)"
+            locked[group.name] = (
+                "they lie on a skip path or make up attention heads (several layers write or read "
+                "them)"
+            )
         elif dense:
             locked[group.name] = f"{dense[0]} is left dense, and both ends must be sparse"
         elif any(fnmatch.fnmatchcase(group.name, pattern) for pattern in keep_channels):
             locked[group.name] = "keep_channels names it"
         else:
             eligible.append(group)
-    refused = try_cuts(model, eligible, first_samples(example, 2))
-    locked.update(refused)
-    eligible = [group for group in eligible if group.name not in refused]
+    tried = try_cuts(model, eligible, probe(model, example))
+    locked.update(tried.refused)
+    eligible = [group for group in tried.groups if group.name not in tried.refused]
     if not eligible:
         listed = "; ".join(f"{name}: {reason}" for name, reason in locked.items())
         raise ValueError(

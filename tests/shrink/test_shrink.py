@@ -58,7 +58,7 @@ def test_unread_channels_go(name: str) -> None:
         assert _widths(shrunk)[producer] == width - 3
         assert len(shrunk.model.get_submodule(producer).weight) == width - 3
         kept = [channel for channel in range(width) if channel not in dead]
-        assert shrunk.plan.kept(producer, "out").tolist() == kept
+        assert shrunk.plan.kept(f"{producer}.weight", 0).tolist() == kept
         if reader.depthwise:
             depthwise = shrunk.model.get_submodule(reader.depthwise)
             assert depthwise.groups == depthwise.in_channels == width - 3
@@ -174,8 +174,8 @@ def test_the_plan_goes_on_from_an_earlier_one() -> None:
     first = gossamer.shrink(model, images(3))
     _columns(first.model, "features.3", [1, 2])  # channels 2 and 3 of the full network
     second = gossamer.shrink(first.model, images(3), first.plan)
-    assert second.plan.kept("features.0", "out").tolist() == [1, 5, 6, 7, 8, 9, 10, 11]
-    assert first.plan.kept("features.0", "out").tolist() == [1, 2, 3, *range(5, 12)]  # untouched
+    assert second.plan.kept("features.0.weight", 0).tolist() == [1, 5, 6, 7, 8, 9, 10, 11]
+    assert first.plan.kept("features.0.weight", 0).tolist() == [1, 2, 3, *range(5, 12)]  # untouched
     second.plan.apply(full)
     full.load_state_dict(second.model.state_dict())
     assert torch.equal(evaluate(full, images(3)), evaluate(second.model, images(3)))
@@ -303,8 +303,8 @@ def test_report_and_table() -> None:
 
 
 def test_a_cut_that_changes_outputs_is_taken_back_and_reported() -> None:
-    class Pixels(nn.Module):
-        """Flattened pixel by pixel, which a trace takes for channel by channel."""
+    class Rolled(nn.Module):
+        """Channels change places by a number that does not know how many there are."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -314,10 +314,10 @@ def test_a_cut_that_changes_outputs_is_taken_back_and_reported() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             x = F.relu(self.conv2(F.relu(self.conv1(x))))
-            return self.fc(x.permute(0, 2, 3, 1).flatten(1))
+            return self.fc(x.roll(2, 1).flatten(1))
 
     torch.manual_seed(0)
-    model = Pixels().double()
+    model = Rolled().double()
     _columns(model, "conv2", [0, 1])
     _columns(model, "fc", [2], per_channel=64)
     shrunk = gossamer.shrink(model, images(3))

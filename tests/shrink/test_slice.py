@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 import gossamer
-from gossamer.channels import Cut, find_groups
+from gossamer.channels import Cut, Setting, find_groups
 from gossamer.shrink.plan import Plan
-from gossamer.shrink.slice import apply_cuts, axis_size, cuts_for
+from gossamer.shrink.slice import Refusal, apply_cuts, cuts_for, size_of
 from nets import NETS, READERS, batches, evaluate, images, net, optimizer_for, train
 
 CHASE = gossamer.Chase(density=0.3, channel_sparsity=0.3, update_interval=4, min_channels=2)
 
 
-def _cut(layer: str, axis: str, keep: list[int], width: int) -> Cut:
-    return Cut(layer, axis, torch.tensor(keep), width)
+def _cut(tensor: str, dim: int, keep: list[int], width: int) -> Cut:
+    return Cut(tensor, dim, torch.tensor(keep), width)
 
 
 def _photograph(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
@@ -55,64 +55,54 @@ def _equal(one, other) -> bool:
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, int], dict[str, int]]] = {
-    # layer, axis, tensors with the dimension that is cut, attributes
+    # layer, tensors with the dimension that is cut, attributes
     "linear out": (
         lambda: nn.Linear(5, 6),
-        "out",
         {"weight": 0, "bias": 0},
         {"out_features": 3, "in_features": 5},
     ),
     "linear in": (
         lambda: nn.Linear(6, 5),
-        "in",
         {"weight": 1},
         {"out_features": 5, "in_features": 3},
     ),
     "linear without bias": (
         lambda: nn.Linear(5, 6, bias=False),
-        "out",
         {"weight": 0},
         {"out_features": 3},
     ),
     "conv1d out": (
         lambda: nn.Conv1d(4, 6, 3),
-        "out",
         {"weight": 0, "bias": 0},
         {"out_channels": 3, "in_channels": 4, "groups": 1},
     ),
     "conv2d in": (
         lambda: nn.Conv2d(6, 4, 3),
-        "in",
         {"weight": 1},
         {"out_channels": 4, "in_channels": 3, "groups": 1},
     ),
     "conv3d out": (
         lambda: nn.Conv3d(2, 6, 1, bias=False),
-        "out",
         {"weight": 0},
         {"out_channels": 3},
     ),
     "depthwise": (
         lambda: nn.Conv2d(6, 6, 3, groups=6),
-        "out",
         {"weight": 0, "bias": 0},
         {"out_channels": 3, "in_channels": 3, "groups": 3},
     ),
     "batch norm": (
         lambda: nn.BatchNorm2d(6),
-        "out",
         {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0},
         {"num_features": 3},
     ),
     "batch norm without affine": (
         lambda: nn.BatchNorm1d(6, affine=False),
-        "out",
         {"running_mean": 0, "running_var": 0},
         {"num_features": 3},
     ),
     "batch norm without statistics": (
         lambda: nn.BatchNorm3d(6, track_running_stats=False),
-        "out",
         {"weight": 0, "bias": 0},
         {"num_features": 3},
     ),
@@ -121,7 +111,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, int], dict[str, 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_one_layer(name: str) -> None:
-    make, axis, dims, attributes = LAYERS[name]
+    make, dims, attributes = LAYERS[name]
     model = nn.Sequential(make())
     layer = model[0]
     for tensor in layer.state_dict().values():
@@ -135,10 +125,11 @@ def test_one_layer(name: str) -> None:
     before = _photograph(model, optimizer)
     full = copy.deepcopy(before)
     keep = torch.tensor([0, 2, 5])
-    assert axis_size("0", layer, axis) == 6
+    cuts = [Cut(f"0.{key}", dim, keep, 6) for key, dim in dims.items()]
+    assert all(size_of(model, cut.tensor, cut.dim) == 6 for cut in cuts)
 
-    undo = apply_cuts(model, [Cut("0", axis, keep, 6)], optimizer)
-    assert axis_size("0", layer, axis) == 3
+    undo = apply_cuts(model, cuts, optimizer)
+    assert all(size_of(model, cut.tensor, cut.dim) == 3 for cut in cuts)
     for key, value in layer.state_dict().items():
         old = full["tensors"][f"0.{key}"]
         assert torch.equal(value, old.index_select(dims[key], keep) if key in dims else old), key
@@ -161,28 +152,24 @@ def test_one_layer(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "axis"),
+    ("layer", "tensor"),
     [
-        (nn.LayerNorm(6), "out"),
-        (nn.GroupNorm(2, 6), "out"),
-        (nn.Conv2d(6, 6, 3, groups=2), "out"),
-        (nn.Conv2d(6, 6, 3, groups=2), "in"),
-        (nn.Conv2d(6, 12, 3, groups=6), "out"),
-        (nn.Conv2d(6, 6, 3, groups=6), "in"),
-        (nn.ConvTranspose2d(6, 6, 3), "out"),
-        (nn.BatchNorm2d(6), "in"),
-        (nn.Embedding(6, 6), "out"),
-        (nn.ReLU(), "out"),
+        (nn.Conv2d(6, 6, 3, groups=3), "weight"),  # a group and a half
+        (nn.MultiheadAttention(6, 2, add_bias_kv=True), "in_proj_weight"),
+        (nn.MultiheadAttention(6, 2, add_zero_attn=True), "in_proj_weight"),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else value,
+    ids=str,
 )
-def test_layers_that_cannot_be_cut_are_named(layer: nn.Module, axis: str) -> None:
+def test_layers_that_exist_in_no_such_width_are_refused(layer: nn.Module, tensor: str) -> None:
     model = nn.ModuleDict({"head": nn.Linear(4, 6), "odd": layer})
     before = _photograph(model)
-    cuts = [_cut("head", "out", [0, 1], 6), _cut("odd", axis, [0, 1], 6)]
-    with pytest.raises(ValueError, match=rf"odd \({type(layer).__name__}\)"):
+    size = getattr(layer, tensor).shape[0]
+    keep = list(range(size // 2))
+    cuts = [_cut("head.weight", 0, [0, 1], 6), _cut(f"odd.{tensor}", 0, keep, size)]
+    with pytest.raises(Refusal):
         apply_cuts(model, cuts)
     assert _equal(_photograph(model), before)  # the first cut is taken back
+    assert type(layer) in (nn.Conv2d, nn.MultiheadAttention)
 
 
 # Whole networks, while they train
@@ -270,11 +257,11 @@ def test_cuts_for_merges_what_falls_on_one_layer() -> None:
     model = net("vgg")
     groups = {group.name: group for group in find_groups(model, images(2))}
     cuts = cuts_for(model, [(groups["features.0"], [0]), (groups["features.3"], torch.tensor([3]))])
-    by_place = {(cut.layer, cut.axis): cut for cut in cuts}
-    assert len(by_place) == len(cuts) == 6
-    assert by_place["features.3", "in"].keep.tolist() == list(range(1, 12))
-    assert by_place["features.3", "out"].keep.tolist() == [c for c in range(16) if c != 3]
-    assert by_place["features.3", "out"].width == 16
+    by_place = {(cut.tensor, cut.dim): cut for cut in cuts}
+    assert len(by_place) == len(cuts) == 14
+    assert by_place["features.3.weight", 1].keep.tolist() == list(range(1, 12))
+    assert by_place["features.3.weight", 0].keep.tolist() == [c for c in range(16) if c != 3]
+    assert by_place["features.3.weight", 0].width == 16
     apply_cuts(model, cuts)
     assert model.features[3].weight.shape == (15, 11, 3, 3)
     assert cuts_for(model, [(groups["features.7"], [])]) == []
@@ -283,7 +270,7 @@ def test_cuts_for_merges_what_falls_on_one_layer() -> None:
 def test_a_layer_never_loses_all_its_channels() -> None:
     model = net("vgg")
     groups = {group.name: group for group in find_groups(model, images(2))}
-    with pytest.raises(ValueError, match=r"features\.0 would lose all of its 12"):
+    with pytest.raises(ValueError, match=r"features\.0\.weight would lose all of its 12"):
         cuts_for(model, [(groups["features.0"], list(range(12)))])
 
 
@@ -329,9 +316,9 @@ def test_a_plan_of_several_rounds_rebuilds_the_network(name: str) -> None:
     x = images(3)
     plan = _random_plan(model, name, 3)
     assert len(plan) > 0
-    made = plan.cuts
+    made = plan.changes
     plan.apply(fresh)
-    assert {(cut.layer, cut.axis) for cut in made} == {(cut.layer, cut.axis) for cut in plan.cuts}
+    assert {(cut.tensor, cut.dim) for cut in made} == {(c.tensor, c.dim) for c in plan.changes}
     assert _equal(dict(fresh.state_dict()), dict(model.state_dict()))
     assert torch.equal(evaluate(fresh, x), evaluate(model, x))
     again = net(name)
@@ -341,21 +328,21 @@ def test_a_plan_of_several_rounds_rebuilds_the_network(name: str) -> None:
 
 def test_kept_positions_are_numbered_as_in_the_full_network() -> None:
     plan = Plan()
-    plan.record([_cut("a", "out", [0, 2, 3, 5], 6)])
-    plan.record([_cut("a", "out", [1, 3], 4), _cut("b", "in", [0], 2)])
-    assert plan.kept("a", "out").tolist() == [2, 5]
-    assert plan.kept("b", "in").tolist() == [0]
-    assert plan.kept("a", "in") is None
+    plan.record([_cut("a", 0, [0, 2, 3, 5], 6)])
+    plan.record([_cut("a", 0, [1, 3], 4), _cut("b", 1, [0], 2)])
+    assert plan.kept("a", 0).tolist() == [2, 5]
+    assert plan.kept("b", 1).tolist() == [0]
+    assert plan.kept("a", 1) is None
     assert len(plan) == 2
-    assert {(c.layer, c.axis, c.width) for c in plan.cuts} == {("a", "out", 6), ("b", "in", 2)}
+    assert {(c.tensor, c.dim, c.width) for c in plan.changes} == {("a", 0, 6), ("b", 1, 2)}
 
 
 def test_plans_are_equal_when_they_keep_the_same_positions() -> None:
     one, other, different = Plan(), Plan(), Plan()
-    one.record([_cut("a", "out", [0, 2], 3), _cut("b", "in", [1], 2)])
-    other.record([_cut("b", "in", [1], 2)])
-    other.record([_cut("a", "out", [0, 2], 3)])
-    different.record([_cut("a", "out", [0, 1], 3), _cut("b", "in", [1], 2)])
+    one.record([_cut("a", 0, [0, 2], 3), _cut("b", 1, [1], 2)])
+    other.record([_cut("b", 1, [1], 2)])
+    other.record([_cut("a", 0, [0, 2], 3)])
+    different.record([_cut("a", 0, [0, 1], 3), _cut("b", 1, [1], 2)])
     assert one == other  # in whatever order the cuts came
     assert one != different
     assert one == Plan.from_json(one.to_json())
@@ -365,16 +352,25 @@ def test_plans_are_equal_when_they_keep_the_same_positions() -> None:
 
 def test_a_plan_is_plain_data() -> None:
     plan = Plan()
-    plan.record([_cut("a.b", "out", [0, 2], 3)])
+    plan.record([_cut("a.b", 0, [0, 2], 3), _cut("a.c", 0, [0, 2], 3)])
+    plan.record([Setting("a", "heads", 4, 3)])
+    plan.record([Setting("a", "heads", 3, 1)])
     data = plan.to_dict()
     assert json.loads(plan.to_json()) == data
-    assert data["layers"] == [{"layer": "a.b", "axis": "out", "of": 3, "kept": [0, 2]}]
+    assert data["cuts"] == [{"of": 3, "kept": [0, 2], "places": [["a.b", 0], ["a.c", 0]]}]
+    assert data["settings"] == [{"module": "a", "attribute": "heads", "of": 4, "now": 1}]
+    assert Plan.from_dict(data) == plan
 
 
 def _damaged(**changes) -> dict:
-    row = {"layer": "features.0", "axis": "out", "of": 12, "kept": [0, 1]} | changes
+    row = {"of": 12, "kept": [0, 1], "places": [["features.0.weight", 0]]} | changes
     row = {key: value for key, value in row.items() if value is not ...}
-    return {"format": "gossamer-plan", "version": 1, "layers": [row]}
+    return {"format": "gossamer-plan", "version": 2, "cuts": [row], "settings": []}
+
+
+def _set(**changes) -> dict:
+    row = {"module": "attention", "attribute": "heads", "of": 4, "now": 2} | changes
+    return {"format": "gossamer-plan", "version": 2, "cuts": [], "settings": [row]}
 
 
 @pytest.mark.parametrize(
@@ -384,12 +380,18 @@ def _damaged(**changes) -> dict:
         [],
         {},
         "plan",
-        {"format": "gossamer-plan", "version": 2, "layers": []},
-        {"format": "other", "version": 1, "layers": []},
-        {"format": "gossamer-plan", "version": 1},
-        {"format": "gossamer-plan", "version": 1, "layers": [3]},
-        _damaged(axis="up"),
-        _damaged(axis=["out"]),
+        {"format": "gossamer-plan", "version": 1, "cuts": [], "settings": []},
+        {"format": "other", "version": 2, "cuts": [], "settings": []},
+        {"format": "gossamer-plan", "version": 2},
+        {"format": "gossamer-plan", "version": 2, "cuts": [3], "settings": []},
+        _damaged(places=["features.0.weight", 0]),
+        _damaged(places=[["features.0.weight", -1]]),
+        _damaged(places=[["features.0.weight", "0"]]),
+        _damaged(places=[[3, 0]]),
+        _set(of="4"),
+        _set(now=0),
+        _set(now=2.0),
+        _set(now=None),
         _damaged(of="12"),
         _damaged(of=1),
         _damaged(of=...),
@@ -402,7 +404,7 @@ def _damaged(**changes) -> dict:
         _damaged(kept=[0.5, 1.5]),
         _damaged(kept=3),
         _damaged(kept=...),
-        _damaged(layer=...),
+        _damaged(places=...),
     ],
     ids=str,
 )
@@ -422,17 +424,20 @@ def test_what_is_no_json(text: str) -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (_damaged(layer="features.99"), r"features\.99.*Vgg"),
-        (_damaged(of=13), r"features\.0 has 12 output channels.*13"),
-        (_damaged(layer="features.2"), r"features\.2 \(ReLU\)"),
-        (_damaged(layer="features.1", axis="in"), r"features\.1 \(BatchNorm2d\)"),
+        (_damaged(places=[["features.99.weight", 0]]), r"features\.99\.weight.*Vgg"),
+        (_damaged(of=13), r"features\.0\.weight is 12 wide.*13"),
+        (_damaged(places=[["features.2.weight", 0]]), r"features\.2\.weight"),
+        (_damaged(places=[["features.1.weight", 1]]), r"features\.1\.weight"),
+        (_set(), r"attention\.heads"),
+        (_set(module="features", attribute="training", of=1), r"features\.training is True"),
+        (_set(module="features.0", attribute="out_channels"), r"out_channels is 12 wide"),
     ],
-    ids=["no such layer", "another width", "no layer with channels", "no such axis"],
+    ids=str,
 )
 def test_a_plan_of_another_model(row: dict, words: str) -> None:
     model = net("vgg")
     before = _photograph(model)
-    row["layers"].insert(0, {"layer": "features.3", "axis": "out", "of": 16, "kept": [0]})
+    row["cuts"].insert(0, {"of": 16, "kept": [0], "places": [["features.3.weight", 0]]})
     with pytest.raises(ValueError, match=words):
         Plan.from_dict(row).apply(model)
     assert _equal(_photograph(model), before)
@@ -442,5 +447,5 @@ def test_a_plan_is_applied_once() -> None:
     model = net("vgg")
     plan = _random_plan(net("vgg"), "vgg", 1)
     plan.apply(model)
-    with pytest.raises(ValueError, match=r"features\.\d+ has \d+ \w+put channels"):
+    with pytest.raises(ValueError, match=r"features\.\d+\.\w+ is \d+ wide"):
         plan.apply(model)

@@ -128,14 +128,14 @@ def with_dropout(num_classes: int, in_shape: tuple[int, int, int]) -> nn.Module:
 
 
 class Untraceable(nn.Sequential):
-    """Channels are traced through autograd in eval mode; this network forbids it."""
+    """A trace watches which module is running; this network forbids it."""
 
     def __init__(self) -> None:
         super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and not self.training:
-            raise RuntimeError("no gradients in eval mode")
+        if self._forward_pre_hooks:
+            raise RuntimeError("nobody may watch this network")
         return super().forward(x)
 
 
@@ -322,7 +322,7 @@ def test_the_summary_tells_what_training_did(finished):
     assert topology["path"][0]["exploration"] == topology["path"][0]["density"]
     assert topology["path"][-1]["live_channels"] == topology["live_channels"]
     assert summary["left_dense"] == {}
-    assert summary["locked"] == {"classifier": "no layer reads them"}
+    assert summary["locked"] == {"classifier": "they are an output of the model"}
     assert summary["forecast"] is None
 
     report = (folder / "report.md").read_text()
@@ -764,6 +764,6 @@ def test_expanding_undoes_the_cut():
     assert not full.body[0].bias[:5].any()
 
     weight = cut.model.one.weight.detach()
-    whole = scatter(weight, model.one.weight.shape, "one", cut.plan)
-    assert torch.equal(take(whole, "one", cut.plan), weight)
+    whole = scatter(weight, model.one.weight.shape, "one.weight", cut.plan)
+    assert torch.equal(take(whole, "one.weight", cut.plan), weight)
     assert torch.equal(whole, full.one.weight.detach())

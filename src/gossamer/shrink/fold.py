@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gossamer.channels import ChannelGroup
+from gossamer.channels import ChannelGroup, Slice
 from gossamer.example import Example, evaluating, map_tensors, run
-from gossamer.shrink.verify import max_difference, outputs, tolerance
+from gossamer.shrink.verify import max_difference, outputs, tensor_along, tolerance
 
 __all__ = ["Folded", "fold_constants", "silent"]
 
@@ -47,6 +47,10 @@ def fold_constants(model: nn.Module, groups: Sequence[ChannelGroup], example: Ex
     for group in groups:
         rows = (silent(model, group) & _read(model, group)).nonzero().squeeze(1)
         if not len(rows):
+            continue
+        others = [part.tensor for part in group.consumers if not _is_reader(model, part)]
+        if others:
+            kept[group.name] = f"{others[0]} reads them, which cannot take a constant in"
             continue
         inputs = _inputs(model, group, example)
         foldable = torch.ones(len(rows), dtype=torch.bool)
@@ -88,16 +92,21 @@ def silent(model: nn.Module, group: ChannelGroup) -> Tensor:
     """`(channels,)` bool: channels all of whose weights are zero, in every producer."""
     found = torch.ones(group.channels, dtype=torch.bool)
     for part in group.producers:
-        weight = _weight(model.get_submodule(part.layer))
-        found &= ~(weight != 0).flatten(1).any(1).cpu()[part.index].any(1)
+        found &= ~(tensor_along(model, part) != 0).flatten(1).any(1).cpu()[part.index].any(1)
     return found
+
+
+def _is_reader(model: nn.Module, part: Slice) -> bool:
+    """Whether a slice lies in the weight of a layer that can take constants into its bias."""
+    reader = model.get_submodule(part.layer)
+    plain = isinstance(reader, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return plain and part.tensor.endswith(".weight")
 
 
 def _read(model: nn.Module, group: ChannelGroup) -> Tensor:
     found = torch.zeros(group.channels, dtype=torch.bool)
     for part in group.consumers:
-        weight = _weight(model.get_submodule(part.layer))
-        found |= (weight != 0).transpose(0, 1).flatten(1).any(1).cpu()[part.index].any(1)
+        found |= (tensor_along(model, part) != 0).flatten(1).any(1).cpu()[part.index].any(1)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Plan: which positions of each layer were kept, as data that rebuilds the slim network.
+"""Plan: which positions of each tensor were kept, as data that rebuilds the slim network.
 
 A plan and the user's own full-width class are all it takes: no pickle, no source of ours.
 """
@@ -13,24 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.channels import Axis, Cut
-from gossamer.shrink.slice import Undo, apply_cuts, axis_size
+from gossamer.channels import Change, Cut, Setting
+from gossamer.shrink.slice import Undo, apply_cuts, size_of
 
 __all__ = ["Plan"]
 
 _FORMAT = "gossamer-plan"
-_VERSION = 1
+_VERSION = 2
 
 
 class Plan:
-    """Kept positions per layer and axis, in the numbering of the full-width network."""
+    """Kept positions per tensor and dimension, in the numbering of the full-width network."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, Axis], Tensor] = {}
-        self._full: dict[tuple[str, Axis], int] = {}
+        self._kept: dict[tuple[str, int], Tensor] = {}
+        self._full: dict[tuple[str, int], int] = {}
+        self._settings: dict[tuple[str, str], tuple[int, int]] = {}
 
     def __len__(self) -> int:
-        """How many layer axes are narrower than in the full network."""
+        """How many dimensions of tensors are narrower than in the full network."""
         return len(self._kept)
 
     def __eq__(self, other: object) -> bool:
@@ -39,61 +40,83 @@ class Plan:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def _sorted(self) -> list[tuple[str, str, int, list[int]]]:
-        rows = ((*key, self._full[key], keep.tolist()) for key, keep in self._kept.items())
-        return sorted(rows)
+    def _sorted(self) -> list[tuple[object, ...]]:
+        rows = sorted((*key, self._full[key], keep.tolist()) for key, keep in self._kept.items())
+        return [*rows, *sorted((*key, *values) for key, values in self._settings.items())]
 
-    def kept(self, layer: str, axis: Axis) -> Tensor | None:
-        """Positions of the full network that `layer` kept along `axis`; None when all."""
-        return self._kept.get((layer, axis))
+    def kept(self, tensor: str, dim: int) -> Tensor | None:
+        """Positions of the full network that `tensor` kept along `dim`; None when all."""
+        return self._kept.get((tensor, dim))
 
-    def record(self, cuts: Sequence[Cut]) -> None:
-        """Add cuts that were made together, numbered as the model was just before them."""
-        for cut in cuts:
-            key = (cut.layer, cut.axis)
-            self._full.setdefault(key, cut.width)
-            kept = self._kept.get(key, torch.arange(cut.width))
-            self._kept[key] = kept[cut.keep]
+    def record(self, changes: Sequence[Change]) -> None:
+        """Add changes that were made together, numbered as the model was just before them."""
+        for change in changes:
+            if isinstance(change, Setting):
+                place = (change.module, change.attribute)
+                before, _ = self._settings.get(place, (change.before, 0))
+                self._settings[place] = (before, change.after)
+                continue
+            key = (change.tensor, change.dim)
+            self._full.setdefault(key, change.width)
+            kept = self._kept.get(key, torch.arange(change.width))
+            self._kept[key] = kept[change.keep]
 
     @property
-    def cuts(self) -> list[Cut]:
-        """The cuts that narrow the full network to this plan."""
+    def changes(self) -> list[Change]:
+        """What narrows the full network to this plan."""
         return [
-            Cut(layer, axis, keep, self._full[layer, axis])
-            for (layer, axis), keep in self._kept.items()
+            *(Cut(*key, keep, self._full[key]) for key, keep in self._kept.items()),
+            *(Setting(*key, *values) for key, values in self._settings.items()),
         ]
 
     def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Undo:
         """Cut a full-width `model` in place to the widths of this plan; returns what undoes it.
 
         Raises:
-            ValueError: The model lacks a layer of the plan or has another width; names it.
+            ValueError: The model lacks a tensor of the plan or has another width; names it.
         """
-        modules = dict(model.named_modules())
-        for cut in self.cuts:
-            if cut.layer not in modules:
+        name = type(model).__name__
+        for change in self.changes:
+            try:
+                if isinstance(change, Setting):
+                    what, wanted = f"{change.module}.{change.attribute}", change.before
+                    size = getattr(model.get_submodule(change.module), change.attribute)
+                else:
+                    what, wanted = change.tensor, change.width
+                    size = size_of(model, change.tensor, change.dim)
+            except AttributeError as error:
                 raise ValueError(
-                    f"the plan cuts layer {cut.layer!r}, which {type(model).__name__} lacks: "
-                    "build the model with the class and arguments it was trained with"
-                )
-            size = axis_size(cut.layer, modules[cut.layer], cut.axis)
-            if size != cut.width:
+                    f"the plan cuts {what!r}, which {name} lacks: build the model with the class "
+                    "and arguments it was trained with"
+                ) from error
+            if type(size) is not int or size != wanted:
                 raise ValueError(
-                    f"{cut.layer} has {size} {cut.axis}put channels, the plan was made for "
-                    f"{cut.width}: build the full-width model the training started from"
+                    f"{what} is {size} wide in this {name}, the plan was made for {wanted}: build "
+                    "the full-width model the training started from"
                 )
-        return apply_cuts(model, self.cuts, optimizer)
+        return apply_cuts(model, self.changes, optimizer)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
         return {
             "format": _FORMAT,
             "version": _VERSION,
-            "layers": [
-                {"layer": layer, "axis": axis, "of": self._full[layer, axis], "kept": keep.tolist()}
-                for (layer, axis), keep in self._kept.items()
+            "cuts": [
+                {"of": full, "kept": list(kept), "places": [list(place) for place in places]}
+                for (full, kept), places in self._alike().items()
+            ],
+            "settings": [
+                {"module": module, "attribute": attribute, "of": before, "now": after}
+                for (module, attribute), (before, after) in self._settings.items()
             ],
         }
+
+    def _alike(self) -> dict[tuple[int, tuple[int, ...]], list[tuple[str, int]]]:
+        """Places that keep the same positions: a weight's, its bias's, its norm's."""
+        alike: dict[tuple[int, tuple[int, ...]], list[tuple[str, int]]] = {}
+        for place, keep in self._kept.items():
+            alike.setdefault((self._full[place], tuple(keep.tolist())), []).append(place)
+        return alike
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -106,20 +129,25 @@ class Plan:
         try:
             if data["format"] != _FORMAT or data["version"] != _VERSION:
                 raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
-            for row in data["layers"]:
-                key = (str(row["layer"]), row["axis"])
+            for row in data["cuts"]:
                 full, kept = row["of"], row["kept"]
-                if row["axis"] not in ("out", "in") or not isinstance(full, int):
-                    raise ValueError(f"axis {row['axis']!r} of {full!r}")
+                if not all(type(position) is int for position in (full, *kept)):
+                    raise ValueError(f"kept positions of {row['places']!r} are not whole numbers")
                 ascending = all(a < b for a, b in pairwise(kept))
-                if not all(type(position) is int for position in kept):
-                    raise ValueError(f"kept positions of {key[0]!r} are not whole numbers")
                 if not kept or not ascending or kept[0] < 0 or kept[-1] >= full:
                     raise ValueError(
-                        f"kept positions of {key[0]!r} are not ascending in [0, {full})"
+                        f"kept positions of {row['places']!r} are not ascending in [0, {full})"
                     )
-                plan._full[key] = full
-                plan._kept[key] = torch.tensor(kept, dtype=torch.int64)
+                for tensor, dim in row["places"]:
+                    if type(tensor) is not str or type(dim) is not int or dim < 0:
+                        raise ValueError(f"dimension {dim!r} of {tensor!r}")
+                    plan._full[tensor, dim] = full
+                    plan._kept[tensor, dim] = torch.tensor(kept, dtype=torch.int64)
+            for row in data["settings"]:
+                before, after = row["of"], row["now"]
+                if not all(type(value) is int and value > 0 for value in (before, after)):
+                    raise ValueError(f"setting {row['attribute']!r} from {before!r} to {after!r}")
+                plan._settings[str(row["module"]), str(row["attribute"])] = (before, after)
         except (TypeError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"this is not a plan that Gossamer reads ({_FORMAT} version {_VERSION}): {error}"

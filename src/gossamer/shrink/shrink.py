@@ -11,17 +11,24 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gossamer.channels import ChannelGroup, find_groups
-from gossamer.example import Example, first_samples
+from gossamer.example import Example
 from gossamer.shrink.fold import fold_constants
 from gossamer.shrink.plan import Plan
-from gossamer.shrink.verify import cut_verified, max_difference, outputs, try_cuts
+from gossamer.shrink.verify import (
+    cut_verified,
+    max_difference,
+    outputs,
+    probe,
+    tensor_along,
+    try_cuts,
+)
 
 __all__ = ["GroupReport", "Shrunk", "shrink", "unread"]
 
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What became of one layer's channels: `before` and `after`, and why they stay if they do."""
+    """What became of one layer's output rows: how many there are, and why they stay if they do."""
 
     layer: str
     before: int
@@ -88,10 +95,11 @@ def shrink(model: nn.Module, example: Example, plan: Plan | None = None) -> Shru
     slim = copy.deepcopy(model)
     whole = Plan() if plan is None else copy.deepcopy(plan)
     groups = find_groups(model, example)
-    before = {group.name: group.channels for group in groups}
+    before = {group.name: group.width for group in groups}
     notes = {group.name: group.locked for group in groups if group.locked}
-    sample = first_samples(example, 2)
-    notes |= try_cuts(model, [group for group in groups if not group.locked], sample)
+    sample = probe(model, example)
+    groups, refused = try_cuts(model, groups, sample)
+    notes |= refused
     folded: Counter[str] = Counter()
     while True:
         constants = fold_constants(slim, [g for g in groups if g.name not in notes], sample)
@@ -108,7 +116,7 @@ def shrink(model: nn.Module, example: Example, plan: Plan | None = None) -> Shru
         GroupReport(
             group.name,
             before[group.name],
-            group.channels,
+            group.width,
             _note(notes.get(group.name), folded[group.name], constants.kept.get(group.name)),
         )
         for group in groups
@@ -136,8 +144,6 @@ def unread(model: nn.Module, group: ChannelGroup) -> Tensor:
     """`(channels,)` bool: channels whose every consumer weight is zero."""
     dead = torch.ones(group.channels, dtype=torch.bool)
     for part in group.consumers:
-        weight = model.get_submodule(part.layer).weight
-        assert isinstance(weight, Tensor)
-        per_input = (weight.detach() != 0).transpose(0, 1).flatten(1).any(1).cpu()
+        per_input = (tensor_along(model, part) != 0).flatten(1).any(1).cpu()
         dead &= ~per_input[part.index].any(1)
     return dead

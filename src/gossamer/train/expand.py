@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gossamer.channels import Axis
 from gossamer.shrink.plan import Plan
 
 __all__ = ["expand", "scatter", "take"]
@@ -25,36 +24,34 @@ def expand(slim: nn.Module, full: nn.Module, plan: Plan) -> nn.Module:
     """
     theirs = slim.state_dict()
     for name, tensor in full.state_dict().items():
-        layer = name.rpartition(".")[0]
         values = theirs[name]
         if tensor.shape == values.shape:
             tensor.copy_(values)
             continue
-        if isinstance(full.get_submodule(layer), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        layer = full.get_submodule(name.rpartition(".")[0])
+        if not isinstance(layer, nn.modules.batchnorm._NormBase):
             tensor.zero_()
-        tensor[_positions(layer, tensor, plan)] = values.to(tensor.device)
+        tensor[_positions(name, tensor, plan)] = values.to(tensor.device)
     return full
 
 
-def scatter(values: Tensor, shape: torch.Size, layer: str, plan: Plan) -> Tensor:
-    """A tensor of the full network's `shape`, zero but at the positions `layer` kept."""
+def scatter(values: Tensor, shape: torch.Size, name: str, plan: Plan) -> Tensor:
+    """A tensor of the full network's `shape`, zero but at the positions that `name` kept."""
     full = values.new_zeros(shape)
-    full[_positions(layer, full, plan)] = values
+    full[_positions(name, full, plan)] = values
     return full
 
 
-def take(values: Tensor, layer: str, plan: Plan) -> Tensor:
-    """The part of the full network's tensor that `layer` kept."""
-    return values[_positions(layer, values, plan)]
+def take(values: Tensor, name: str, plan: Plan) -> Tensor:
+    """The part of the full network's tensor `name` that was kept."""
+    return values[_positions(name, values, plan)]
 
 
-def _positions(layer: str, tensor: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-    """Index of the kept part: `(out, in, ...)` for weights, `(out,)` for what is per channel."""
-    axes: tuple[Axis, ...] = ("out", "in") if tensor.dim() > 1 else ("out",)
+def _positions(name: str, tensor: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+    """Index of the kept part, one tensor per dimension, shaped to broadcast."""
     index = []
-    for dim, axis in enumerate(axes):
-        kept = plan.kept(layer, axis)
-        if kept is None:
-            kept = torch.arange(tensor.shape[dim])
-        index.append(kept.to(tensor.device))
-    return (index[0].unsqueeze(1), index[1]) if len(index) == 2 else (index[0],)
+    for dim, size in enumerate(tensor.shape):
+        kept = plan.kept(name, dim)
+        kept = torch.arange(size) if kept is None else kept
+        index.append(kept.to(tensor.device).view([-1] + [1] * (tensor.dim() - dim - 1)))
+    return tuple(index)

@@ -39,7 +39,7 @@ class Delivered:
         sparse: The full-width network with the trained zeros.
         slim: The same network without the channels that do nothing.
         plan: Cuts the full-width network to `slim`.
-        supports: Of every sparse weight, bool, at full width.
+        supports: Of every sparse weight, by its tensor's name, bool, at full width.
         eligible: Channel groups, at full width, that could have lost channels.
         note: Why nothing was cut, when the network's channels cannot be traced; else empty.
     """
@@ -68,11 +68,11 @@ class Delivered:
         if network == "sparse":
             lost = sum(int(unread(self.sparse, group).sum()) for group in self.eligible)
         else:
-            kept = {group.name: self.plan.kept(group.name, "out") for group in self.eligible}
+            first = [group.producers[0] for group in self.eligible]
             lost = sum(
-                group.channels - len(positions)
-                for group in self.eligible
-                if (positions := kept[group.name]) is not None
+                len(part.index) - int(torch.isin(part.index[:, 0], positions).sum())
+                for part in first
+                if (positions := self.plan.kept(part.tensor, part.dim)) is not None
             )
         return lost / total if total else 0.0
 
@@ -91,7 +91,9 @@ def deliver(sparsifier: Sparsifier, full: nn.Module, example: Tensor) -> Deliver
         example: An input it accepts.
     """
     supports = {
-        site.name: scatter(site.support, site.original_shape, site.name, sparsifier.plan)
+        site.tensor_name: scatter(
+            site.support, site.original_shape, site.tensor_name, sparsifier.plan
+        )
         for site in sparsifier.sites
     }
     trained = sparsifier.finalize()

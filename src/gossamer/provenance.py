@@ -1,0 +1,755 @@
+"""Provenance: which slices of which parameters every value inside a network hangs on.
+
+The network runs once, and every ATen operation of that run is written down. Then the operations are
+gone through again with labels in place of values. A label is an atom: one index along one dimension
+of one parameter or buffer. In a narrower network a value exists exactly if all its atoms do, so
+
+    moving data (view, permute, cat, split, index) moves its labels alike;
+    an elementwise operation joins the labels of its operands, element by element;
+    a product with a weight consumes the labels along the summed dimension, joined with the
+        weight's own atoms there, and hands out the atoms of the weight's other dimension;
+    whatever else sums over labelled values (attention, means) joins all that it sums.
+
+Joined atoms can only be cut together. An operation that is not known locks what enters it. Nothing
+here has to be believed: what is cut is verified by running the model (`gossamer.shrink`).
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gossamer.example import Example, evaluating, example_tensors, nested_tensors, run
+
+__all__ = ["Atom", "AtomClass", "trace"]
+
+_NO_ATOM = -1  # label of a value whose place in the tensor no parameter decides: padding, an input
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Operations by name, without overload. A track is what one tensor of labels is called here.
+_SAME = _words("clone detach alias lift_fresh _to_copy contiguous")
+_MOVES = _words(
+    "permute transpose transpose_ t t_ expand squeeze unsqueeze slice select split "
+    "split_with_sizes unsafe_split unsafe_chunk unbind repeat flip roll index index_select narrow "
+    "diagonal pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle unfold"
+)
+_VIEWS = _words("view _unsafe_view reshape _reshape_alias")
+_REDUCTIONS = _words(
+    "mean sum amax amin max min var std var_mean prod norm linalg_vector_norm logsumexp argmax "
+    "argmin any all _softmax _log_softmax _safe_softmax cumsum cumprod sort topk median"
+)
+_PLANES = re.compile(r"(pool|upsample_\w+|_upsample_\w+|reflection_pad|replication_pad)([123])d")
+_POINTWISE = _words(  # beside those that PyTorch tags as such
+    "hardswish hardswish_ _prelu_kernel copy_ fill_ zero_ log_sigmoid_forward native_dropout "
+    "masked_fill_ clamp_ sigmoid_"
+)
+_FRESH = _words(  # tensors whose values hang on no other tensor's
+    "zeros_like ones_like full_like rand_like randn_like empty_like new_zeros new_ones new_full "
+    "new_empty"
+)
+_PRODUCTS = _words("mm bmm addmm baddbmm mv addmv dot")
+_LAYER_NORMS = _words("native_layer_norm _fused_rms_norm")
+_BATCH_NORMS = _words(
+    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
+    "_batch_norm_with_update _batch_norm_no_update cudnn_batch_norm"
+)
+
+
+class Atom(NamedTuple):
+    """Index `position` along dimension `dim` of the parameter or buffer `tensor`."""
+
+    tensor: str
+    dim: int
+    position: int
+
+
+@dataclass(frozen=True, eq=False)
+class AtomClass:
+    """Atoms that can only be cut together, in the order of the model's tensors.
+
+    Attributes:
+        made: They lie in weights that compute one value per position: a layer's output rows.
+        read: They lie in weights that take one value per position: a layer's input columns.
+        carried: Those the values only pass: biases, norms, depthwise weights, tables.
+        locked: Why they must stay; empty when nothing speaks against cutting them.
+    """
+
+    made: tuple[Atom, ...]
+    read: tuple[Atom, ...]
+    carried: tuple[Atom, ...]
+    locked: str
+
+
+def trace(model: nn.Module, example: Example, running: Callable[[], str]) -> list[AtomClass]:
+    """The classes of atoms that some layer of `model` computes, as one run in eval mode shows.
+
+    Args:
+        model: A copy: it runs on slower code paths that are easier to follow.
+        example: An input of the model.
+        running: Tells, at any time, the name of the module that is running.
+
+    Raises:
+        Exception: Whatever the model raises on the example.
+    """
+    recorder = _Recorder(running)
+    with evaluating(model), torch.no_grad(), _plain_kernels(model), recorder:
+        output = list(nested_tensors(run(model, example)))
+    labels = _Labels(model, example_tensors(example))
+    for call in _live(recorder.calls, output):
+        labels.follow(call)
+    for tensor in output:
+        for track in labels.of(tensor):
+            labels.lock(track, "they are an output of the model")
+    labels.tie_recurrent(model)
+    return labels.classes()
+
+
+# ------------------------------------------------------------------ writing down
+
+
+class _Call(NamedTuple):
+    """One operation of the run: its name, what it was called with, what came out, and where."""
+
+    name: str
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Tensor]
+    where: str
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    @property
+    def result(self) -> Tensor:
+        return self.outputs[0]
+
+    @property
+    def at(self) -> str:
+        """Operation and place, for a reason."""
+        name = self.name.strip("_").removeprefix("native_")
+        return f"{name} in {self.where}" if self.where else f"{name} in the model's forward"
+
+    def argument(self, name: str) -> Any:
+        """The argument of that name, or None."""
+        for place, argument in enumerate(self.function._schema.arguments):
+            if argument.name == name:
+                return self.args[place] if place < len(self.args) else self.kwargs.get(name)
+        return None
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, running: Callable[[], str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[_Call] = []
+        self._running = running
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if outputs:
+            name = func.overloadpacket.__name__
+            self.calls.append(_Call(name, func, args, kwargs or {}, outputs, self._running()))
+        return result
+
+
+@contextmanager
+def _plain_kernels(model: nn.Module) -> Iterator[None]:
+    """Attention and recurrent layers in single steps instead of one fused operation."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    mkldnn, fast = torch._C._get_mkldnn_enabled(), torch.backends.mha.get_fastpath_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            if recurrent:
+                torch._C._set_mkldnn_enabled(False)
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            torch._C._set_mkldnn_enabled(mkldnn)
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _live(calls: Sequence[_Call], output: Sequence[Tensor]) -> list[_Call]:
+    """The calls that the output hangs on; memory that is shared counts as a whole."""
+    needed = {_memory(tensor) for tensor in output}
+    live = []
+    for call in reversed(calls):
+        if any(_memory(tensor) in needed for tensor in call.outputs):
+            needed.update(_memory(tensor) for tensor in call.inputs)
+            live.append(call)
+    return live[::-1]
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+# ------------------------------------------------------------------ following
+
+
+class _Labels:
+    """Tracks of every tensor of the run, and which atoms have been joined.
+
+    A tensor has one track per thing its places hang on: a weight has one for its rows and one for
+    its columns. A track is `(*shape,)` int64, expanded where it does not vary, so that it costs
+    nothing there.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Iterable[Tensor]) -> None:
+        self._parent: list[int] = []
+        self._atoms: list[Atom] = []
+        self._tracks: dict[int, tuple[Tensor, ...]] = {}
+        self._data = {id(tensor) for tensor in inputs}
+        self._written: dict[int, Tensor] = {}  # labels of memory that is filled in pieces
+        self._made: set[int] = set()
+        self._read: set[int] = set()
+        self._makers: set[int] = set()  # roots of classes with something in _made
+        self._locked: dict[int, str] = {}
+        self._first: dict[tuple[str, int], int] = {}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self._tracks[id(tensor)] = tuple(
+                self._number(name, tensor, dim)
+                for dim, size in enumerate(tensor.shape)
+                if size > 1 and tensor.numel()
+            )
+
+    def _number(self, name: str, tensor: Tensor, dim: int) -> Tensor:
+        first, size = len(self._parent), tensor.shape[dim]
+        self._first[name, dim] = first
+        self._parent.extend(range(first, first + size))
+        self._atoms.extend(Atom(name, dim, position) for position in range(size))
+        return _spread(torch.arange(first, first + size), dim, tensor.shape)
+
+    def of(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The tracks of a tensor."""
+        found = self._tracks.get(id(tensor), ())
+        if not found and (written := self._written.get(_memory(tensor))) is not None:
+            place = tensor.shape, tensor.stride(), tensor.storage_offset()
+            return (_steady(written.as_strided(*place).clone()),)
+        return found
+
+    def tie_recurrent(self, model: nn.Module) -> None:
+        """Unit j of every layer and direction of a recurrent module: there is one hidden_size."""
+        for name, module in model.named_modules():
+            if isinstance(module, nn.RNNBase):
+                hidden = [
+                    self._first[f"{name}.{weight}".lstrip("."), 1]
+                    for weight in module._flat_weights_names
+                    if weight.startswith("weight_hh") and module.hidden_size > 1
+                ]
+                for first in hidden[1:]:
+                    for unit in range(module.hidden_size):
+                        self._unite(hidden[0] + unit, first + unit)
+
+    def classes(self) -> list[AtomClass]:
+        """The classes with something in them that a layer computes."""
+        members: dict[int, list[int]] = {}
+        for atom in range(len(self._parent)):
+            if (root := self._find(atom)) in self._makers:
+                members.setdefault(root, []).append(atom)
+        found = []
+        for atoms in members.values():
+            reasons = [self._locked[atom] for atom in atoms if atom in self._locked]
+            made, read = self._made.intersection(atoms), self._read.intersection(atoms)
+            found.append(
+                AtomClass(
+                    tuple(self._atoms[atom] for atom in atoms if atom in made),
+                    tuple(self._atoms[atom] for atom in atoms if atom in read),
+                    tuple(self._atoms[atom] for atom in atoms if atom not in made | read),
+                    reasons[0] if reasons else "",
+                )
+            )
+        return found
+
+    # -------------------------------------------------------------- joining
+
+    def _find(self, atom: int) -> int:
+        parent = self._parent
+        while parent[atom] != atom:
+            parent[atom] = parent[parent[atom]]
+            atom = parent[atom]
+        return atom
+
+    def _unite(self, one: int, other: int) -> None:
+        one, other = self._find(one), self._find(other)
+        if one != other:
+            low, high = min(one, other), max(one, other)
+            self._parent[high] = low
+            if high in self._makers:
+                self._makers.add(low)
+
+    def _join(self, one: Tensor, other: Tensor) -> None:
+        """Join two tracks element by element; they broadcast."""
+        one, other = _thin(one, other)
+        known = (one != _NO_ATOM) & (other != _NO_ATOM)
+        if not known.all():
+            self.lock(torch.maximum(one, other)[~known], "they meet values of a fixed width")
+        pairs = torch.stack([one[known], other[known]])
+        pairs = pairs[:, pairs[0] != pairs[1]]
+        for pair in torch.unique(pairs, dim=1).t().tolist():
+            self._unite(*pair)
+
+    def _mix(self, track: Tensor, dims: Iterable[int], reason: str) -> Tensor:
+        """Join all labels along `dims`; the track that is left, of size 1 there."""
+        for dim in dims:
+            if track.stride(dim) == 0:
+                track = track.narrow(dim, 0, 1)
+                continue
+            first = track.narrow(dim, 0, 1)
+            self._join(track, first)
+            track = first
+        if not _varies(track):
+            self.lock(track, reason)
+        return track
+
+    def _merge(self, tracks: Iterable[Tensor], shape: torch.Size) -> tuple[Tensor, ...]:
+        """The tracks of a tensor whose elements hang on all of these."""
+        merged: list[Tensor] = []
+        for track in tracks:
+            track = track.expand(shape)
+            if not _varies(track):
+                self.lock(track, "all others are computed with one of them")
+                continue
+            apart = []
+            for other in merged:
+                if _varies(other) & _varies(track):
+                    self._join(track, other)
+                    track = max(track, other, key=lambda t: len(_varies(t)))
+                else:
+                    apart.append(other)
+            merged = [*apart, track]
+        return tuple(merged)
+
+    def lock(self, track: Tensor, reason: str) -> None:
+        """These atoms must stay; the first reason counts."""
+        for atom in _atoms(track):
+            self._locked.setdefault(atom, reason)
+
+    def _mark(self, marked: set[int], track: Tensor) -> None:
+        marked.update(_atoms(track))
+        if marked is self._made:
+            self._makers.update(map(self._find, _atoms(track)))
+
+    def _is_made(self, track: Tensor) -> bool:
+        return any(self._find(atom) in self._makers for atom in _atoms(track))
+
+    # -------------------------------------------------------------- operations
+
+    def follow(self, call: _Call) -> None:
+        """Label what came out of a call by what went in."""
+        labelled = [tensor for tensor in call.inputs if self.of(tensor)]
+        name = call.name
+        if name not in _FRESH and any(id(tensor) in self._data for tensor in call.inputs):
+            self._data.update(id(tensor) for tensor in call.outputs)
+        if not labelled or name in _FRESH:
+            return
+        if name in _SAME:
+            self._set(call, self.of(call.args[0]))
+        elif name in _VIEWS:
+            tracks = self.of(call.args[0])
+            self._set(call, [_steady(track.reshape(call.result.shape)) for track in tracks])
+        elif name in _MOVES:
+            self._move(call)
+        elif name in ("cat", "stack"):
+            self._concatenate(call)
+        elif name == "copy_" and _is_part(call.args[0]):
+            self._write(call)
+        elif torch.Tag.pointwise in call.function.tags or name in _POINTWISE:
+            self._pointwise(call)
+        elif name in _REDUCTIONS:
+            self._reduce(call)
+        elif name in _PRODUCTS:
+            self._product(call)
+        elif name == "convolution":
+            self._convolve(call)
+        elif name in _BATCH_NORMS:
+            self._batch_norm(call)
+        elif name in _LAYER_NORMS or name == "native_group_norm":
+            self._norm(call)
+        elif name == "embedding":
+            self._embed(call)
+        elif name == "glu":
+            self._gate(call)
+        elif name == "constant_pad_nd":
+            self._pad(call)
+        elif planes := _PLANES.search(name):
+            self._per_plane(call, int(planes[2]))
+        else:
+            self._lock_inputs(call, f"{call.at} is not known to keep them apart")
+
+    def _set(self, call: _Call, tracks: Iterable[Tensor]) -> None:
+        tracks = tuple(tracks)
+        self._tracks[id(call.result)] = tracks
+
+    def _lock_inputs(self, call: _Call, reason: str) -> None:
+        for tensor in call.inputs:
+            for track in self.of(tensor):
+                self.lock(track, reason)
+
+    def _move(self, call: _Call) -> None:
+        source, *rest = call.args
+        function = call.function
+        if call.name.endswith("_"):
+            function = getattr(torch.ops.aten, call.name[:-1])
+        found: list[list[Tensor]] = [[] for _ in call.outputs]
+        for track in self.of(source):
+            moved = function(track, *rest, **call.kwargs)
+            moved = [moved] if isinstance(moved, Tensor) else moved
+            for tracks, part in zip(found, moved, strict=True):
+                tracks.append(_steady(part))
+        for output, tracks in zip(call.outputs, found, strict=True):
+            self._tracks[id(output)] = tuple(tracks)
+
+    def _concatenate(self, call: _Call) -> None:
+        shape = call.result.shape
+        dim = call.argument("dim") or 0
+        dim %= len(shape)
+        parts = [part for part in call.args[0] if part.dim() == len(shape) or call.name == "stack"]
+        tracks = [self.of(part) for part in parts]
+        sizes = [part.shape for part in parts]
+        if call.name == "stack":
+            tracks = [tuple(track.unsqueeze(dim) for track in own) for own in tracks]
+            sizes = [torch.Size((*size[:dim], 1, *size[dim:])) for size in sizes]
+        # Tracks of different parts that vary along the same dimensions become one.
+        slots: list[dict[int, Tensor]] = []
+        for place, own in enumerate(tracks):
+            for track in own:
+                along = _varies(track)
+                for slot in slots:
+                    theirs = set().union(*map(_varies, slot.values()))
+                    if place not in slot and (along & theirs or along | theirs <= {dim}):
+                        slot[place] = track
+                        break
+                else:
+                    slots.append({place: track})
+        whole = []
+        for slot in slots:
+            ends = [track.narrow(dim, 0, 1) for track in slot.values()]
+            if any(map(_varies, ends)):  # the other dimensions must stay equal
+                for end in ends[1:]:
+                    self._join(ends[0], end)
+                for place, part in enumerate(parts):
+                    if place not in slot and id(part) in self._data:
+                        for end in ends:
+                            self.lock(end, f"{call.at} joins them to values of a fixed width")
+            blank = torch.full((1,) * len(shape), _NO_ATOM)
+            filled = [
+                slot[place].expand(size) if place in slot else blank.expand(size)
+                for place, size in enumerate(sizes)
+            ]
+            narrow = list(_thin(*filled, keep={dim}, broadcast=False))
+            whole.append(_steady(torch.cat(narrow, dim)).expand(shape))
+        self._set(call, whole)
+
+    def _write(self, call: _Call) -> None:
+        """`copy_` into a part of a tensor, as when something is put together piece by piece."""
+        target, source = call.args[:2]
+        tracks = self.of(source)
+        fresh = _memory(target) in self._written or not self.of(target)
+        if not fresh or len(tracks) != 1:
+            self._lock_inputs(call, f"{call.at} overwrites a part of a tensor")
+            return
+        memory = target.untyped_storage()
+        size = memory.nbytes() // target.element_size()
+        whole = self._written.setdefault(_memory(target), torch.full((size,), _NO_ATOM))
+        place = target.shape, target.stride(), target.storage_offset()
+        whole.as_strided(*place).copy_(tracks[0].expand(target.shape))
+
+    def _pointwise(self, call: _Call) -> None:
+        shape = call.result.shape
+        tracks = [track for tensor in call.inputs for track in self.of(tensor)]
+        merged = self._merge(tracks, shape)
+        for tensor in call.inputs:
+            own = set().union(*(_varies(track.expand(shape)) for track in self.of(tensor)), set())
+            wide = {len(shape) - place for place, n in enumerate(tensor.shape[::-1], 1) if n > 1}
+            for track in merged:
+                along = _varies(track)
+                if id(tensor) in self._data and along & wide and not along & own:
+                    self.lock(track, f"{call.at} joins them to values of a fixed width")
+        self._set(call, merged)
+        for output in call.outputs[1:]:
+            self._tracks[id(output)] = merged
+
+    def _reduce(self, call: _Call) -> None:
+        source = call.args[0]
+        dims = call.argument("dim")
+        dims = [dims] if isinstance(dims, int) else list(dims or range(source.dim()))
+        dims = sorted(dim % max(1, source.dim()) for dim in dims)
+        tracks = []
+        for track in self.of(source):
+            summed = _varies(track) & set(dims)
+            if summed:
+                track = self._mix(track, summed, f"{call.at} mixes all of them")
+            for dim in dims:
+                track = track.narrow(dim, 0, 1)
+            if _varies(track):
+                tracks.append(track)
+        for output in call.outputs:
+            if output.dim() == source.dim():
+                self._tracks[id(output)] = tuple(track.expand(output.shape) for track in tracks)
+            else:
+                kept = [track.squeeze(tuple(dims)) for track in tracks]
+                self._tracks[id(output)] = tuple(track.expand(output.shape) for track in kept)
+
+    def _per_plane(self, call: _Call, spatial: int) -> None:
+        source, shape = call.args[0], call.result.shape
+        first = source.dim() - spatial
+        tracks = []
+        for track in self.of(source):
+            if _varies(track) & set(range(first, source.dim())):
+                self.lock(track, f"{call.at} mixes them")
+            else:
+                tracks.append(_head(track, range(first, source.dim())).expand(shape))
+        for output in call.outputs:
+            self._tracks[id(output)] = tuple(tracks)
+
+    def _pad(self, call: _Call) -> None:
+        source, pads = call.args[0], call.args[1]
+        padded = {source.dim() - 1 - place // 2 for place, size in enumerate(pads) if size}
+        tracks = []
+        for track in self.of(source):
+            if _varies(track) & padded:
+                tracks.append(_steady(torch.constant_pad_nd(track, pads, _NO_ATOM)))
+            else:
+                tracks.append(_head(track, padded).expand(call.result.shape))
+        self._set(call, tracks)
+
+    def _gate(self, call: _Call) -> None:
+        dim = call.argument("dim")
+        dim = -1 if dim is None else dim
+        halves = [half for track in self.of(call.args[0]) for half in track.chunk(2, dim)]
+        self._set(call, self._merge(halves, call.result.shape))
+
+    def _embed(self, call: _Call) -> None:
+        weight, shape = call.args[0], call.result.shape
+        rows = [track[0] for track in self.of(weight) if _varies(track) == {1}]
+        for row in rows:
+            self._mark(self._made, row)
+        self._set(call, [row.expand(shape) for row in rows])
+
+    def _norm(self, call: _Call) -> None:
+        source = call.args[0]
+        if call.name == "native_group_norm":
+            dims = {1}
+        else:
+            dims = set(range(source.dim() - len(call.args[1]), source.dim()))
+        for track in self.of(source):
+            if _varies(track) & dims:
+                self.lock(track, f"{call.at} takes its mean over them")
+        self._set(call, self.of(source))
+
+    def _batch_norm(self, call: _Call) -> None:
+        source, *own = call.args[:5]
+        shape = source.shape
+        tracks = [*self.of(source)]
+        for tensor in own:
+            if tensor is not None:
+                tracks += [_spread(track, 1, shape) for track in self.of(tensor)]
+        self._set(call, self._merge(tracks, shape))
+
+    def _convolve(self, call: _Call) -> None:
+        source, weight, bias, *_ = call.args
+        transposed, groups = call.args[6], call.args[8]
+        shape = call.result.shape
+        entering = []
+        for track in self.of(source):
+            if 1 in _varies(track):
+                others = _varies(track) - {1}
+                entering.append(_line(self._mix(track, others, f"{call.at} mixes them"), 1))
+            else:
+                self.lock(track, f"{call.at} mixes them")
+        rows = [_line(track, 0) for track in self.of(weight) if 0 in _varies(track)]
+        columns = [_line(track, 1) for track in self.of(weight) if 1 in _varies(track)]
+        if groups == 1:
+            into, out = (rows, columns) if transposed else (columns, rows)
+            self._consume(entering, into, call)
+            for line in out:
+                self._mark(self._made, line)
+        else:
+            out = self._convolve_groups(call, entering, rows, columns, groups, transposed)
+        if bias is not None:
+            out = [*out, *self.of(bias)]
+        self._set(call, self._merge([_spread(line, 1, shape) for line in out], shape))
+
+    def _convolve_groups(
+        self,
+        call: _Call,
+        entering: list[Tensor],
+        rows: list[Tensor],
+        columns: list[Tensor],
+        groups: int,
+        transposed: bool,
+    ) -> list[Tensor]:
+        """Whole groups of channels go: what enters a group, its weights, and what leaves it."""
+        for line in columns:
+            self.lock(line, f"{call.at} has them in each of its {groups} groups")
+        if not entering or not rows:
+            for line in (*rows, *entering):
+                self.lock(line, f"{call.at} joins them to values of a fixed width")
+            return []
+        whole = entering[0].view(groups, -1)[:, :1]
+        for line in (*entering, *rows):
+            self._join(line.view(groups, -1), whole)
+        if not transposed:
+            return rows
+        channels = call.result.shape[1]
+        return [whole.expand(groups, channels // groups).reshape(-1)]
+
+    def _consume(self, entering: list[Tensor], into: list[Tensor], call: _Call) -> None:
+        """A weight reads what enters: joined with the weight's atoms there, and used up."""
+        computed = [track for track in entering if self._is_made(track)]
+        for track in entering:
+            if computed and not any(track is other for other in computed):
+                self.lock(track, f"{call.at} mixes them")
+                continue
+            for line in into:
+                self._join(track, line)
+            if not into:
+                self.lock(track, f"{call.at} joins them to values of a fixed width")
+        for line in into:
+            self._mark(self._read, line)
+
+    def _product(self, call: _Call) -> None:
+        tensors = [arg for arg in call.args if isinstance(arg, Tensor)]
+        one, other = tensors[-2:]
+        left, right = list(self.of(one)), list(self.of(other))
+        shape = call.result.shape
+        if other.dim() == 1:  # (m, k) times (k,)
+            right, shape = [track.unsqueeze(-1) for track in right], torch.Size((*shape, 1))
+        if one.dim() == 1:
+            left, shape = [track.unsqueeze(0) for track in left], torch.Size((1, *shape))
+        fixed = (id(one) not in self._data, id(other) not in self._data)
+        if any(fixed):
+            tracks = self._weigh(call, left, right, swapped=fixed == (True, False))
+        else:
+            tracks = self._attend(call, left, right)
+        tracks = list(self._merge(tracks, shape))
+        if one.dim() == 1:
+            tracks = [track.squeeze(0) for track in tracks]
+        if other.dim() == 1:
+            tracks = [track.squeeze(-1) for track in tracks]
+        if len(tensors) == 3:
+            added = [track.expand(call.result.shape) for track in self.of(tensors[0])]
+            tracks = list(self._merge([*tracks, *added], call.result.shape))
+        self._set(call, tracks)
+
+    def _weigh(
+        self, call: _Call, left: list[Tensor], right: list[Tensor], swapped: bool
+    ) -> list[Tensor]:
+        """A weight on the right, or on the left where `swapped`: it reads the summed dimension."""
+        if swapped:
+            left = [track.mT for track in left]
+            right = [track.mT for track in right]
+            left, right = right, left
+        # now (..., m, k) values times (..., k, n) weight
+        entering = [track for track in left if track.dim() - 1 in _varies(track)]
+        into = [track for track in right if track.dim() - 2 in _varies(track)]
+        lines = [self._mix(track, [-1], f"{call.at} mixes them").mT for track in into]
+        self._consume(entering, lines, call)
+        passing = [_head(track, [-1]) for track in left if track.dim() - 1 not in _varies(track)]
+        leaving = [_head(track, [-2]) for track in right if track.dim() - 2 not in _varies(track)]
+        for track in leaving:
+            if track.dim() - 1 in _varies(track):
+                self._mark(self._made, track)
+        tracks = [*passing, *leaving]
+        return [track.mT for track in tracks] if swapped else tracks
+
+    def _attend(self, call: _Call, left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
+        """Two computed factors: all that is summed goes together, with what is made of it."""
+        tracks = []
+        summed: list[Tensor] = []
+        for track in left:
+            if track.dim() - 1 in _varies(track):
+                track = self._mix(track, [-1], f"{call.at} mixes all of them")
+                summed.append(track)
+            tracks.append(_head(track, [-1]))
+        lone = len(summed)
+        for track in right:
+            if track.dim() - 2 in _varies(track):
+                track = self._mix(track, [-2], f"{call.at} mixes all of them")
+                for other in summed[:lone]:
+                    self._join(track, other)
+                summed.append(track)
+            tracks.append(_head(track, [-2]))
+        if summed and lone in (0, len(summed)):
+            for track in summed:
+                self.lock(track, f"{call.at} joins them to values of a fixed width")
+        return [track for track in tracks if _varies(track)]
+
+
+# ------------------------------------------------------------------ tracks
+
+
+def _varies(track: Tensor) -> set[int]:
+    """Dimensions along which a track is not expanded."""
+    shape, stride = track.shape, track.stride()
+    return {dim for dim in range(track.dim()) if shape[dim] > 1 and stride[dim] != 0}
+
+
+def _atoms(track: Tensor) -> list[int]:
+    """The different labels of a track."""
+    (track,) = _thin(track)
+    return [atom for atom in torch.unique(track).tolist() if atom != _NO_ATOM]
+
+
+def _is_part(tensor: Tensor) -> bool:
+    """Whether a tensor is a view of a part of its memory."""
+    return tensor.untyped_storage().nbytes() > tensor.nbytes
+
+
+def _head(track: Tensor, dims: Iterable[int]) -> Tensor:
+    """The first index along `dims`, of size 1."""
+    for dim in dims:
+        track = track.narrow(dim, 0, 1)
+    return track
+
+
+def _line(track: Tensor, dim: int) -> Tensor:
+    """The labels along one dimension, at the first index of all others."""
+    others = [other for other in range(track.dim()) if other != dim]
+    return _head(track, others).reshape(-1)
+
+
+def _spread(line: Tensor, dim: int, shape: torch.Size) -> Tensor:
+    """Labels along one dimension of a tensor of that shape."""
+    size = [1] * len(shape)
+    size[dim] = len(line)
+    return line.view(size).expand(shape)
+
+
+def _thin(*tracks: Tensor, keep: Iterable[int] = (), broadcast: bool = True) -> tuple[Tensor, ...]:
+    """The tracks, of size 1 along dimensions in which none of them varies."""
+    if broadcast:
+        tracks = torch.broadcast_tensors(*tracks)  # type: ignore[no-untyped-call]
+    varying = set(keep).union(*map(_varies, tracks))
+    dims = [dim for dim in range(tracks[0].dim()) if dim not in varying]
+    return tuple(_head(track, [dim for dim in dims if track.shape[dim]]) for track in tracks)
+
+
+def _steady(track: Tensor) -> Tensor:
+    """The track, expanded again along dimensions in which moving it has spelt it out."""
+    shape = track.shape
+    for dim in _varies(track):
+        first = track.narrow(dim, 0, 1)
+        if torch.equal(track, first.expand(track.shape)):
+            track = first
+    return track.expand(shape)
