@@ -408,9 +408,11 @@ class DetachedReader(Base):
 
 
 class GatedByData(Base):
-    def middle(self, x: Tensor) -> Tensor:
-        x = F.relu(x)
-        return x * 2 if x.mean() > 0 else x
+    """What is read after the branch may be read elsewhere in the branch that was not taken."""
+
+    def last(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv2(x))
+        return self.fc((x * 2 if x.mean() > 0 else x).mean((2, 3)))
 
 
 class Checkpointed(Base):
@@ -619,7 +621,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], set[str], set[str]]] = {
     "positive parameter": (PositiveParameter, {"conv1", "conv2"}, set()),
     "generalized mean": (GeneralizedMean, {"conv1", "conv2"}, set()),
     "detached reader": (DetachedReader, {"conv2"}, {"conv1"}),
-    "gated by data": (GatedByData, {"conv1", "conv2"}, set()),
+    "gated by data": (GatedByData, {"conv1"}, {"conv2"}),
     "checkpointed": (Checkpointed, {"conv1", "conv2"}, set()),
     "convnext": (ConvNext, {"conv2", "up"}, set()),
     "norm over the batch": (NormOverTheBatch, {"conv1", "conv2", "hidden"}, set()),

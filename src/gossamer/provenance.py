@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from gossamer.example import Example, evaluating, example_tensors, nested_tensor
 
 __all__ = ["Atom", "AtomClass", "trace"]
 
+_INPUT = ""  # stands for the inputs where parameters have a name
 _NO_ATOM = -1  # label of a value whose place in the tensor no parameter decides: padding, an input
 
 
@@ -61,6 +63,7 @@ _FRESH = _words(  # tensors whose values hang on no other tensor's
     "zeros_like ones_like full_like rand_like randn_like empty_like new_zeros new_ones new_full "
     "new_empty"
 )
+_READS = _words("_local_scalar_dense equal is_nonzero nonzero")  # a number leaves the tensors
 _PRODUCTS = _words("mm bmm addmm baddbmm mv addmv dot")
 _LAYER_NORMS = _words("native_layer_norm _fused_rms_norm")
 _BATCH_NORMS = _words(
@@ -109,8 +112,11 @@ def trace(model: nn.Module, example: Example, running: Callable[[], str]) -> lis
     with evaluating(model), torch.no_grad(), _plain_kernels(model), recorder:
         output = list(nested_tensors(run(model, example)))
     labels = _Labels(model, example_tensors(example))
-    for call in _live(recorder.calls, output):
-        labels.follow(call)
+    live = _live(recorder.calls, output)
+    for place, call in enumerate(recorder.calls):
+        labels.watch(call)
+        if place in live:
+            labels.follow(call)
     for tensor in output:
         for track in labels.of(tensor):
             labels.lock(track, "they are an output of the model")
@@ -122,13 +128,17 @@ def trace(model: nn.Module, example: Example, running: Callable[[], str]) -> lis
 
 
 class _Call(NamedTuple):
-    """One operation of the run: its name, what it was called with, what came out, and where."""
+    """One operation of the run: its name, what it was called with, what came out, and where.
+
+    `shape`: of the result as it was then; a later operation may have turned it in place.
+    """
 
     name: str
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: list[Tensor]
+    shape: torch.Size
     where: str
 
     @property
@@ -142,8 +152,12 @@ class _Call(NamedTuple):
     @property
     def at(self) -> str:
         """Operation and place, for a reason."""
-        name = self.name.strip("_").removeprefix("native_")
-        return f"{name} in {self.where}" if self.where else f"{name} in the model's forward"
+        return f"{self.name.strip('_').removeprefix('native_')} in {self.place}"
+
+    @property
+    def place(self) -> str:
+        """The module that was running."""
+        return self.where or "the model's forward"
 
     def argument(self, name: str) -> Any:
         """The argument of that name, or None."""
@@ -164,9 +178,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if outputs:
-            name = func.overloadpacket.__name__
-            self.calls.append(_Call(name, func, args, kwargs or {}, outputs, self._running()))
+        name = func.overloadpacket.__name__
+        if outputs or name in _READS:
+            shape = outputs[0].shape if outputs else torch.Size()
+            call = _Call(name, func, args, kwargs or {}, outputs, shape, self._running())
+            self.calls.append(call)
         return result
 
 
@@ -188,15 +204,15 @@ def _plain_kernels(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _live(calls: Sequence[_Call], output: Sequence[Tensor]) -> list[_Call]:
-    """The calls that the output hangs on; memory that is shared counts as a whole."""
+def _live(calls: Sequence[_Call], output: Sequence[Tensor]) -> set[int]:
+    """Places of the calls that the output hangs on; memory that is shared counts as a whole."""
     needed = {_memory(tensor) for tensor in output}
-    live = []
-    for call in reversed(calls):
+    live = set()
+    for place, call in reversed(list(enumerate(calls))):
         if any(_memory(tensor) in needed for tensor in call.outputs):
             needed.update(_memory(tensor) for tensor in call.inputs)
-            live.append(call)
-    return live[::-1]
+            live.add(place)
+    return live
 
 
 def _memory(tensor: Tensor) -> int:
@@ -216,28 +232,40 @@ class _Labels:
 
     def __init__(self, model: nn.Module, inputs: Iterable[Tensor]) -> None:
         self._parent: list[int] = []
-        self._atoms: list[Atom] = []
         self._tracks: dict[int, tuple[Tensor, ...]] = {}
-        self._data = {id(tensor) for tensor in inputs}
+        self._data = {id(tensor) for tensor in inputs}  # what hangs on the inputs
+        self._floats = {id(tensor) for tensor in inputs if tensor.is_floating_point()}
+        self._forked = ""
+        self._pending: list[tuple[Tensor, Tensor]] = []
         self._written: dict[int, Tensor] = {}  # labels of memory that is filled in pieces
         self._made: set[int] = set()
         self._read: set[int] = set()
         self._makers: set[int] = set()  # roots of classes with something in _made
         self._locked: dict[int, str] = {}
         self._first: dict[tuple[str, int], int] = {}
+        self._starts: list[int] = []
+        self._places: list[tuple[str, int]] = []
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            self._tracks[id(tensor)] = tuple(
-                self._number(name, tensor, dim)
-                for dim, size in enumerate(tensor.shape)
-                if size > 1 and tensor.numel()
-            )
+            self._tracks[id(tensor)] = self._number(name, tensor, range(tensor.dim()))
+        for tensor in inputs:
+            # Channels come first or last; batch and pixels are nobody's width.
+            dims = {1, tensor.dim() - 1} if tensor.dim() in (2, 3) else {1}
+            self._tracks[id(tensor)] = tracks = self._number(_INPUT, tensor, dims)
+            for track in tracks:
+                self.lock(track, "values of the input meet them")
 
-    def _number(self, name: str, tensor: Tensor, dim: int) -> Tensor:
-        first, size = len(self._parent), tensor.shape[dim]
-        self._first[name, dim] = first
-        self._parent.extend(range(first, first + size))
-        self._atoms.extend(Atom(name, dim, position) for position in range(size))
-        return _spread(torch.arange(first, first + size), dim, tensor.shape)
+    def _number(self, name: str, tensor: Tensor, dims: Iterable[int]) -> tuple[Tensor, ...]:
+        """A track with new atoms for each dimension that is one."""
+        tracks = []
+        for dim in dims:
+            if dim < tensor.dim() and tensor.shape[dim] > 1 and tensor.numel():
+                first, size = len(self._parent), tensor.shape[dim]
+                self._first[name, dim] = first
+                self._places.append((name, dim))
+                self._parent.extend(range(first, first + size))
+                self._starts.append(first)
+                tracks.append(_spread(torch.arange(first, first + size), dim, tensor.shape))
+        return tuple(tracks)
 
     def of(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The tracks of a tensor."""
@@ -262,6 +290,7 @@ class _Labels:
 
     def classes(self) -> list[AtomClass]:
         """The classes with something in them that a layer computes."""
+        self._settle()
         members: dict[int, list[int]] = {}
         for atom in range(len(self._parent)):
             if (root := self._find(atom)) in self._makers:
@@ -270,15 +299,20 @@ class _Labels:
         for atoms in members.values():
             reasons = [self._locked[atom] for atom in atoms if atom in self._locked]
             made, read = self._made.intersection(atoms), self._read.intersection(atoms)
-            found.append(
-                AtomClass(
-                    tuple(self._atoms[atom] for atom in atoms if atom in made),
-                    tuple(self._atoms[atom] for atom in atoms if atom in read),
-                    tuple(self._atoms[atom] for atom in atoms if atom not in made | read),
-                    reasons[0] if reasons else "",
-                )
-            )
+            passed = [atom for atom in atoms if atom not in made and atom not in read]
+            sides = (self._named(made), self._named(read), self._named(passed))
+            found.append(AtomClass(*sides, locked=reasons[0] if reasons else ""))
         return found
+
+    def _named(self, numbers: Iterable[int]) -> tuple[Atom, ...]:
+        """The atoms of these numbers, without those of the inputs."""
+        named = []
+        for number in sorted(numbers):
+            place = bisect_right(self._starts, number) - 1
+            tensor, dim = self._places[place]
+            if tensor != _INPUT:
+                named.append(Atom(tensor, dim, number - self._starts[place]))
+        return tuple(named)
 
     # -------------------------------------------------------------- joining
 
@@ -332,12 +366,34 @@ class _Labels:
             apart = []
             for other in merged:
                 if _varies(other) & _varies(track):
-                    self._join(track, other)
-                    track = max(track, other, key=lambda t: len(_varies(t)))
+                    few, track = sorted((other, track), key=lambda t: len(_varies(t)))
+                    if _varies(few) < _varies(track) and not self._is_made(few):
+                        self._pending.append((few, track))
+                    else:
+                        self._join(track, few)
                 else:
                     apart.append(other)
             merged = [*apart, track]
         return tuple(merged)
+
+    def _settle(self) -> None:
+        """Join tables that are spread over more than they vary with, where a whole line of them
+        turned out to hang on one class: a scale per attention head with its head. Others are
+        shared by classes that go one by one, as rotary positions are by all heads.
+        """
+        joined = True
+        while joined:
+            joined = False
+            for table, track in self._pending:
+                table, track = _thin(table, track)
+                dims = sorted(_varies(table))
+                lines = track.movedim(dims, list(range(len(dims)))).flatten(len(dims))
+                heads = _head(table, set(range(table.dim())) - set(dims)).flatten().tolist()
+                for atom, line in zip(heads, lines.flatten(0, len(dims) - 1), strict=True):
+                    roots = {self._find(label) for label in _atoms(line)}
+                    if atom != _NO_ATOM and len(roots) == 1 and self._find(atom) not in roots:
+                        self._unite(atom, roots.pop())
+                        joined = True
 
     def lock(self, track: Tensor, reason: str) -> None:
         """These atoms must stay; the first reason counts."""
@@ -346,6 +402,8 @@ class _Labels:
 
     def _mark(self, marked: set[int], track: Tensor) -> None:
         marked.update(_atoms(track))
+        if marked is self._read and self._forked:
+            self.lock(track, self._forked)
         if marked is self._made:
             self._makers.update(map(self._find, _atoms(track)))
 
@@ -354,19 +412,27 @@ class _Labels:
 
     # -------------------------------------------------------------- operations
 
+    def watch(self, call: _Call) -> None:
+        """Note what hangs on the inputs, and whether the model looks at a computed value."""
+        if call.name not in _FRESH:
+            for known in (self._data, self._floats):
+                if any(id(tensor) in known for tensor in call.inputs):
+                    known.update(id(tensor) for tensor in call.outputs)
+        if call.name == "embedding":
+            self._floats.update(id(tensor) for tensor in call.outputs)
+        if call.name in _READS and id(call.args[0]) in self._floats and not self._forked:
+            self._forked = f"{call.place} looks at a value, and may go another way for another"
+
     def follow(self, call: _Call) -> None:
         """Label what came out of a call by what went in."""
-        labelled = [tensor for tensor in call.inputs if self.of(tensor)]
         name = call.name
-        if name not in _FRESH and any(id(tensor) in self._data for tensor in call.inputs):
-            self._data.update(id(tensor) for tensor in call.outputs)
-        if not labelled or name in _FRESH:
+        if name in _FRESH or not any(self.of(tensor) for tensor in call.inputs):
             return
         if name in _SAME:
             self._set(call, self.of(call.args[0]))
         elif name in _VIEWS:
             tracks = self.of(call.args[0])
-            self._set(call, [_steady(track.reshape(call.result.shape)) for track in tracks])
+            self._set(call, [_steady(track.reshape(call.shape)) for track in tracks])
         elif name in _MOVES:
             self._move(call)
         elif name in ("cat", "stack"):
@@ -420,7 +486,7 @@ class _Labels:
             self._tracks[id(output)] = tuple(tracks)
 
     def _concatenate(self, call: _Call) -> None:
-        shape = call.result.shape
+        shape = call.shape
         dim = call.argument("dim") or 0
         dim %= len(shape)
         parts = [part for part in call.args[0] if part.dim() == len(shape) or call.name == "stack"]
@@ -447,10 +513,6 @@ class _Labels:
             if any(map(_varies, ends)):  # the other dimensions must stay equal
                 for end in ends[1:]:
                     self._join(ends[0], end)
-                for place, part in enumerate(parts):
-                    if place not in slot and id(part) in self._data:
-                        for end in ends:
-                            self.lock(end, f"{call.at} joins them to values of a fixed width")
             blank = torch.full((1,) * len(shape), _NO_ATOM)
             filled = [
                 slot[place].expand(size) if place in slot else blank.expand(size)
@@ -475,16 +537,9 @@ class _Labels:
         whole.as_strided(*place).copy_(tracks[0].expand(target.shape))
 
     def _pointwise(self, call: _Call) -> None:
-        shape = call.result.shape
+        shape = call.shape
         tracks = [track for tensor in call.inputs for track in self.of(tensor)]
         merged = self._merge(tracks, shape)
-        for tensor in call.inputs:
-            own = set().union(*(_varies(track.expand(shape)) for track in self.of(tensor)), set())
-            wide = {len(shape) - place for place, n in enumerate(tensor.shape[::-1], 1) if n > 1}
-            for track in merged:
-                along = _varies(track)
-                if id(tensor) in self._data and along & wide and not along & own:
-                    self.lock(track, f"{call.at} joins them to values of a fixed width")
         self._set(call, merged)
         for output in call.outputs[1:]:
             self._tracks[id(output)] = merged
@@ -511,7 +566,7 @@ class _Labels:
                 self._tracks[id(output)] = tuple(track.expand(output.shape) for track in kept)
 
     def _per_plane(self, call: _Call, spatial: int) -> None:
-        source, shape = call.args[0], call.result.shape
+        source, shape = call.args[0], call.shape
         first = source.dim() - spatial
         tracks = []
         for track in self.of(source):
@@ -530,17 +585,17 @@ class _Labels:
             if _varies(track) & padded:
                 tracks.append(_steady(torch.constant_pad_nd(track, pads, _NO_ATOM)))
             else:
-                tracks.append(_head(track, padded).expand(call.result.shape))
+                tracks.append(_head(track, padded).expand(call.shape))
         self._set(call, tracks)
 
     def _gate(self, call: _Call) -> None:
         dim = call.argument("dim")
         dim = -1 if dim is None else dim
         halves = [half for track in self.of(call.args[0]) for half in track.chunk(2, dim)]
-        self._set(call, self._merge(halves, call.result.shape))
+        self._set(call, self._merge(halves, call.shape))
 
     def _embed(self, call: _Call) -> None:
-        weight, shape = call.args[0], call.result.shape
+        weight, shape = call.args[0], call.shape
         rows = [track[0] for track in self.of(weight) if _varies(track) == {1}]
         for row in rows:
             self._mark(self._made, row)
@@ -569,7 +624,7 @@ class _Labels:
     def _convolve(self, call: _Call) -> None:
         source, weight, bias, *_ = call.args
         transposed, groups = call.args[6], call.args[8]
-        shape = call.result.shape
+        shape = call.shape
         entering = []
         for track in self.of(source):
             if 1 in _varies(track):
@@ -611,7 +666,7 @@ class _Labels:
             self._join(line.view(groups, -1), whole)
         if not transposed:
             return rows
-        channels = call.result.shape[1]
+        channels = call.shape[1]
         return [whole.expand(groups, channels // groups).reshape(-1)]
 
     def _consume(self, entering: list[Tensor], into: list[Tensor], call: _Call) -> None:
@@ -632,7 +687,7 @@ class _Labels:
         tensors = [arg for arg in call.args if isinstance(arg, Tensor)]
         one, other = tensors[-2:]
         left, right = list(self.of(one)), list(self.of(other))
-        shape = call.result.shape
+        shape = call.shape
         if other.dim() == 1:  # (m, k) times (k,)
             right, shape = [track.unsqueeze(-1) for track in right], torch.Size((*shape, 1))
         if one.dim() == 1:
@@ -648,8 +703,8 @@ class _Labels:
         if other.dim() == 1:
             tracks = [track.squeeze(-1) for track in tracks]
         if len(tensors) == 3:
-            added = [track.expand(call.result.shape) for track in self.of(tensors[0])]
-            tracks = list(self._merge([*tracks, *added], call.result.shape))
+            added = [track.expand(call.shape) for track in self.of(tensors[0])]
+            tracks = list(self._merge([*tracks, *added], call.shape))
         self._set(call, tracks)
 
     def _weigh(

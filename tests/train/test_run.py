@@ -331,7 +331,7 @@ def test_the_summary_tells_what_training_did(finished):
         f"| exploration | 0.2000 | {float(table[0]['exploration']):.4f} |",
         f"SAD from the start: {topology['from_start']['changed']:,} of 18,248 weights",
         "revived: of the weights that were ever dropped",
-        "all channels kept: classifier - no layer reads them",
+        "all channels kept: classifier - they are an output of the model",
     ):
         assert text in report
 

@@ -187,7 +187,7 @@ def try_cuts(model: nn.Module, groups: Sequence[ChannelGroup], example: Example)
             if name not in refused:
                 gone = channels.tensor_split([len(channels) // 2])[half]
                 removals.append((settled[name], gone[: len(channels) - 1].sort().values))
-        refused |= _try(original, removals, sample, settled)
+        refused |= _try(original, removals, sample, settled, training=half == 0)
     return Tried(list(settled.values()), refused)
 
 
@@ -196,6 +196,7 @@ def _try(
     removals: Sequence[tuple[ChannelGroup, Tensor]],
     example: Example,
     settled: dict[str, ChannelGroup],
+    training: bool,
 ) -> dict[str, str]:
     """Make channels dead and cut them; why not. Groups with their settings go to `settled`."""
     masked = copy.deepcopy(original)
@@ -211,11 +212,16 @@ def _try(
             if found is not None:
                 settled[group.name] = replace(group, resizes=found)
                 del refused[group.name]
-    whole = [(settled[g.name], gone) for g, gone in removals if g.name not in refused and len(gone)]
-    if whole and _differs_in_training(masked, whole, example):
-        for group, gone in whole:
-            if _differs_in_training(masked, [(group, gone)], example):
-                refused[group.name] = "cutting them changes what the model computes in training"
+    if training:
+        whole = [
+            (settled[group.name], gone)
+            for group, gone in removals
+            if group.name not in refused and len(gone)
+        ]
+        if whole and _differs_in_training(masked, whole, example):
+            for group, gone in whole:
+                if _differs_in_training(masked, [(group, gone)], example):
+                    refused[group.name] = "cutting them changes what the model computes in training"
     return refused
 
 
