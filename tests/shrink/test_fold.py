@@ -127,6 +127,35 @@ def test_a_reader_without_bias_takes_only_zeros() -> None:
     assert "2 has no bias to fold their constants into" in note(shrunk, "0")
 
 
+def test_a_reader_without_bias_hands_them_to_the_norm_behind_it() -> None:
+    class Bottle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Conv2d(1, 6, 3, padding=1, bias=False)
+            self.norm1 = nn.BatchNorm2d(6)
+            self.two = nn.Conv2d(6, 5, 1, bias=False)
+            self.norm2 = nn.BatchNorm2d(5)
+            self.fc = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.two(F.relu(self.norm1(self.one(x))))
+            return self.fc(F.relu(self.norm2(x)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Bottle().double()
+    x = torch.randn(8, 1, 8, 8).double()
+    with torch.no_grad():
+        model.norm1.bias.copy_(torch.linspace(-1, 1, 6))
+    model(x)  # norms have seen data
+    silence(model.one, [0, 4, 5])
+    shrunk = check(model, x)
+    assert width(shrunk, "one") == 3
+    assert note(shrunk, "one") == "3 constant, folded into the next bias"
+    assert not torch.equal(shrunk.model.norm2.running_mean, model.norm2.running_mean)
+    # In training the norm takes constants off by itself.
+    torch.testing.assert_close(shrunk.model.train()(x), model.train()(x), rtol=0, atol=1e-12)
+
+
 class Gated(nn.Module):
     """What the first layer computes is scaled by the input, constants too."""
 

@@ -3,8 +3,9 @@
 Where all weights of a channel are zero, what is left of it is its bias and what norms and
 activations make of that: the same number for every input. Its readers can have that number in
 their own bias, and need not read it any more. That is exact in a linear layer, and in a convolution
-that does not pad with zeros (at the border those would stand in the constant's place). A constant
-of zero can go anywhere.
+that does not pad with zeros (at the border those would stand in the constant's place). A reader
+without a bias hands the number on to the batch norm behind it, which takes it off its running mean;
+in training that norm subtracts it anyway. A constant of zero can go anywhere.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from gossamer.example import Example, evaluating, map_tensors, run
 from gossamer.shrink.verify import max_difference, outputs, tensor_along, tolerance
 
 __all__ = ["Folded", "fold_constants", "silent"]
+
+_READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Folded(NamedTuple):
@@ -44,6 +47,7 @@ def fold_constants(model: nn.Module, groups: Sequence[ChannelGroup], example: Ex
     channels: dict[str, int] = {}
     kept: dict[str, str] = {}
     before = outputs(model, example)
+    norms = _norms_behind(model, example)
     for group in groups:
         rows = (silent(model, group) & _read(model, group)).nonzero().squeeze(1)
         if not len(rows):
@@ -67,21 +71,23 @@ def fold_constants(model: nn.Module, groups: Sequence[ChannelGroup], example: Ex
             constant = ((high - low) <= 1e-6 * high.abs().clamp(min=1e-12)).all(1)
             if not constant.all():
                 kept[group.name] = "what they emit is not one constant"
-            reason = _not_exact(part.layer, reader)
+            norm = norms.get(reader)
+            reason = _not_exact(part.layer, reader, norm)
             exact = constant if not reason else constant & (high == 0).all(1) & (low == 0).all(1)
             if reason and bool((constant & ~exact).any()):
                 kept[group.name] = reason
             foldable &= exact
-            deltas.append((reader, positions, high))
+            deltas.append((reader, norm, positions, high))
         if not foldable.any():
             continue
-        were = [_state(reader) for reader, *_ in deltas]
-        for reader, positions, values in deltas:
-            _fold(reader, positions[foldable].flatten(), values[foldable].flatten())
+        touched = [module for reader, norm, *_ in deltas for module in (reader, norm) if module]
+        were = [_state(module) for module in touched]
+        for reader, norm, positions, values in deltas:
+            _fold(reader, norm, positions[foldable].flatten(), values[foldable].flatten())
         difference = max_difference(before, outputs(model, example))
         if difference > tolerance(before, 1.0):
-            for (reader, *_), state in zip(deltas, were, strict=True):
-                reader.load_state_dict(state)
+            for module, state in zip(touched, were, strict=True):
+                module.load_state_dict(state)
             kept[group.name] = f"folding them changes the outputs by {difference:.3g}"
         else:
             channels[group.name] = int(foldable.sum())
@@ -99,8 +105,7 @@ def silent(model: nn.Module, group: ChannelGroup) -> Tensor:
 def _is_reader(model: nn.Module, part: Slice) -> bool:
     """Whether a slice lies in the weight of a layer that can take constants into its bias."""
     reader = model.get_submodule(part.layer)
-    plain = isinstance(reader, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    return plain and part.tensor.endswith(".weight")
+    return isinstance(reader, _READERS) and part.tensor.endswith(".weight")
 
 
 def _read(model: nn.Module, group: ChannelGroup) -> Tensor:
@@ -148,7 +153,35 @@ def _inputs(
     return found
 
 
-def _not_exact(layer: str, reader: nn.Module) -> str:
+def _norms_behind(model: nn.Module, example: Example) -> dict[nn.Module, nn.Module]:
+    """The batch norm that a layer without a bias hands its output to, by layer."""
+    made: list[tuple[Tensor, nn.Module]] = []
+    behind: dict[nn.Module, nn.Module] = {}
+
+    def leave(module: nn.Module, _: object, output: Tensor) -> None:
+        made.append((output, module))
+
+    def enter(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        for output, layer in made:
+            if arguments and arguments[0] is output:
+                behind[layer] = module
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, _READERS) and module.bias is None:
+            handles.append(module.register_forward_hook(leave))
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            handles.append(module.register_forward_pre_hook(enter))
+    try:
+        with evaluating(model):
+            run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return behind
+
+
+def _not_exact(layer: str, reader: nn.Module, norm: nn.Module | None) -> str:
     """Why a constant other than zero cannot be folded into this reader; empty when it can."""
     if isinstance(reader, nn.modules.conv._ConvNd):
         padded = reader.padding != "valid" and any(
@@ -156,17 +189,22 @@ def _not_exact(layer: str, reader: nn.Module) -> str:
         )
         if padded and reader.padding_mode == "zeros":
             return f"{layer} pads with zeros, which stand in the constant's place at the border"
-    if reader.bias is None:
-        return f"{layer} has no bias to fold their constants into"
+    if reader.bias is None and norm is None:
+        return f"{layer} has no bias to fold their constants into, and no batch norm behind it"
     return ""
 
 
-def _fold(reader: nn.Module, positions: Tensor, values: Tensor) -> None:
+def _fold(reader: nn.Module, norm: nn.Module | None, positions: Tensor, values: Tensor) -> None:
     weight = _weight(reader)
     columns = weight[:, positions.to(weight.device)].double()
+    per_position = columns.flatten(2).sum(2) if columns.dim() > 2 else columns
+    constant = per_position @ values.to(columns)
     if isinstance(reader.bias, Tensor):
-        per_position = columns.flatten(2).sum(2) if columns.dim() > 2 else columns
-        reader.bias += (per_position @ values.to(columns)).to(reader.bias)
+        reader.bias += constant.to(reader.bias)
+    elif norm is not None:
+        mean = norm.running_mean
+        assert isinstance(mean, Tensor)
+        mean -= constant.to(mean)
     weight[:, positions.to(weight.device)] = 0
 
 
