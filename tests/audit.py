@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import gossamer
-from nets import Reader
+from nets import Reader, Stream
 from reference import chase as twin
 
 
@@ -34,18 +34,27 @@ class Audit:
         self,
         sparsifier: gossamer.Sparsifier,
         optimizer: torch.optim.Optimizer,
-        readers: Mapping[str, Reader],
+        readers: Mapping[str, Reader] | Mapping[str, Stream],
     ) -> None:
         self.sparsifier = sparsifier
         self.optimizer = optimizer
         self.method = sparsifier.method
         assert isinstance(self.method, gossamer.Chase)
         self.cuts = sparsifier.state_dict()["cut"] == "during"
-        self.readers = readers if self.method.channel_sparsity else {}
+        streams = {
+            name: entry if isinstance(entry, Stream) else Stream((name,), (entry,))
+            for name, entry in readers.items()
+        }
+        order = [site.name for site in sparsifier.sites]  # pools are in the order of the modules
+        self.streams = {
+            name: streams[name]
+            for name in sorted(streams, key=order.index)
+            if self.method.channel_sparsity
+        }
         self.events: list[Event] = []
         self.sites = {site.name: site for site in sparsifier.sites}
         self.original = sum(site.weight.numel() for site in sparsifier.sites)
-        self.widths = {name: len(self.sites[name].weight) for name in self.readers}
+        self.widths = {name: len(self.sites[name].weight) for name in self.streams}
         self.floors = [
             twin.floor(
                 width,
@@ -76,7 +85,7 @@ class Audit:
         """Removed channels per producer, numbered as in the original network."""
         return {
             name: set(range(self.widths[name])) - set(self.numbers[name][self.live[name]].tolist())
-            for name in self.readers
+            for name in self.streams
         }
 
     # Before the Sparsifier's step
@@ -116,9 +125,10 @@ class Audit:
         grown = dict(zip(masks, support.grown, strict=True)) if support else {}
         factor = {f"{name}.weight": torch.from_numpy(kept[name]) for name in masks}
         if removed:
-            for name, alive in self.live.items():
-                if self.sites[name].module.bias is not None:
-                    factor[f"{name}.bias"] = torch.from_numpy(alive)
+            for name, stream in self.streams.items():
+                for producer in stream.producers:
+                    if self.sites[producer].module.bias is not None:
+                        factor[f"{producer}.bias"] = torch.from_numpy(self.live[name])
         expected_masks = {name: kept[name] | grown[name] if grown else kept[name] for name in masks}
         expected = {
             name: [t * factor[name] if name in factor else t for t in tensors]
@@ -139,7 +149,7 @@ class Audit:
 
     def _expected_removal(self) -> dict[str, list[int]]:
         method, total = self.method, self.sparsifier.total_steps
-        if not self.readers or self.step not in method.removal_steps(total):
+        if not self.streams or self.step not in method.removal_steps(total):
             return {}
         end = method.explore_end if method.channel_end is None else method.channel_end
         share = twin.channel_sparsity(
@@ -149,21 +159,20 @@ class Audit:
             method.channel_sparsity,
         )
         scores = []
-        for name in self.readers:
-            weight = self.params_before[f"{name}.weight"][0].numpy()
-            mask = self.masks_before[name]
+        for producers, _ in self.streams.values():
+            weight = twin.joined([self.params_before[f"{p}.weight"][0].numpy() for p in producers])
+            mask = twin.joined([self.masks_before[p] for p in producers])
+            # Inputs that were cut count as inactive: divide by the original fan-in.
+            fan_in = sum(int(np.prod(self.sites[p].original_shape[1:])) for p in producers)
             if method.channel_score == "umm":
-                fan_in = int(np.prod(self.sites[name].original_shape[1:]))
                 scores.append(twin.umm(weight, fan_in))
             elif method.channel_score == "masked_mean":
                 scores.append(twin.masked_mean(weight, mask))
             else:
-                # Inputs that were cut count as inactive: divide by the original fan-in.
-                fan_in = int(np.prod(self.sites[name].original_shape[1:]))
-                scores.append(mask.reshape(len(mask), -1).sum(1) / fan_in)
+                scores.append(mask.sum(1) / fan_in)
         target = twin.live_target(sum(self.widths.values()), share)
         gone = twin.select(scores, list(self.live.values()), self.floors, target)
-        return dict(zip(self.readers, gone, strict=True)) if any(gone) else {}
+        return dict(zip(self.streams, gone, strict=True)) if any(gone) else {}
 
     def _expected_update(self, masks, live) -> twin.Support | None:
         method, total = self.method, self.sparsifier.total_steps
@@ -191,31 +200,43 @@ class Audit:
     def _live_positions(self, layer: str) -> np.ndarray:
         """Positions of a layer's weight outside removed channels."""
         live = np.ones(self.masks_before[layer].shape, dtype=bool)
-        for producer, reader in self.readers.items():
-            alive = self.live[producer]
-            if layer in (producer, reader.depthwise):
-                live[~alive] = False
-            if layer == reader.layer:
-                live[:, ~np.repeat(alive, reader.per_channel)] = False
+        rows, columns = self._live_rows(layer), self._live_columns(layer)
+        if rows is not None:
+            live[~rows] = False
+        if columns is not None:
+            live[:, ~columns] = False
         return live
+
+    def _live_rows(self, layer: str) -> np.ndarray | None:
+        """Live outputs of a layer; None when it writes no stream and filters none."""
+        for name, (producers, readers) in self.streams.items():
+            if layer in producers or layer in [reader.depthwise for reader in readers]:
+                return self.live[name]
+        return None
+
+    def _live_columns(self, layer: str) -> np.ndarray | None:
+        """Live inputs of a layer: those of all streams it reads, in their order."""
+        parts = sorted(
+            (reader.start, name, reader.per_channel)
+            for name, stream in self.streams.items()
+            for reader in stream.readers
+            if reader.layer == layer
+        )
+        blocks = [np.repeat(self.live[name], times) for _, name, times in parts]
+        return np.concatenate(blocks) if blocks else None
 
     def _cut(self, masks, tensors):
         """What is left of all tensors once removed channels are cut out."""
-        rows, columns = {}, {}
-        for producer, reader in self.readers.items():
-            alive = self.live[producer]
-            rows[producer] = alive
-            if reader.depthwise:
-                rows[reader.depthwise] = alive
-            columns[reader.layer] = np.repeat(alive, reader.per_channel)
-        for producer in self.readers:
-            self.numbers[producer] = self.numbers[producer][self.live[producer]]
-            self.live[producer] = np.ones(len(self.numbers[producer]), dtype=bool)
+        rows = {name: self._live_rows(name) for name in self.sites}
+        columns = {name: self._live_columns(name) for name in self.sites}
+        for name, alive in self.live.items():
+            self.numbers[name] = self.numbers[name][alive]
+            self.live[name] = np.ones(len(self.numbers[name]), dtype=bool)
 
         def cut(layer: str, kind: str, value):
-            if layer in rows:
+            if rows[layer] is not None:
                 value = value[rows[layer]]
-            if layer in columns and kind == "weight":
+            if columns[layer] is not None and kind == "weight":
                 value = value[:, columns[layer]]
             return value
 
@@ -246,13 +267,14 @@ class Audit:
         for name, gone in self.removed_numbers().items():
             assert removed_before[name] <= gone
             removed = torch.from_numpy(~self.live[name])
-            assert not self.sites[name].masked.mask[removed].any()
-            if self.sites[name].module.bias is not None:
-                for tensor in self._all(self.sites[name].module.bias):
-                    assert not tensor.detach()[removed].any(), (self.step, name)
-            reader = self.readers[name]
-            columns = torch.from_numpy(~self.live[name]).repeat_interleave(reader.per_channel)
-            assert not self.sites[reader.layer].weight.detach()[:, columns].any()
+            for producer in self.streams[name].producers:
+                assert not self.sites[producer].masked.mask[removed].any()
+                if self.sites[producer].module.bias is not None:
+                    for tensor in self._all(self.sites[producer].module.bias):
+                        assert not tensor.detach()[removed].any(), (self.step, producer)
+            for reader in self.streams[name].readers:
+                columns = torch.from_numpy(~self._live_columns(reader.layer))
+                assert not self.sites[reader.layer].weight.detach()[:, columns].any()
         assert self.sparsifier.live_channels == sum(int(a.sum()) for a in self.live.values())
 
     def _counts(self, masks, live, event: Event) -> None:
@@ -268,7 +290,7 @@ class Audit:
             assert self.sparsifier.density == event.nonzeros / self.original
         else:
             assert event.nonzeros == sum(int(mask.sum()) for mask in masks.values())
-        for name, least in zip(self.readers, self.floors, strict=True):
+        for name, least in zip(self.streams, self.floors, strict=True):
             assert self.live[name].sum() >= least
         if event.removed:
             end = method.explore_end if method.channel_end is None else method.channel_end

@@ -120,6 +120,65 @@ class MobileNet(nn.Module):
         return self.classifier(self.pointwise2(x).mean((2, 3)))
 
 
+class InvertedResidual(nn.Module):
+    """MobileNetV2: widen, filter each channel, narrow without an activation, add."""
+
+    def __init__(self, c_in: int, c: int, wide: int) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(*_conv_bn(c_in, wide, 1))
+        self.depthwise = nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False)
+        self.norm = nn.BatchNorm2d(wide)
+        self.project = nn.Conv2d(wide, c, 1)
+        self.project_norm = nn.BatchNorm2d(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu6(self.norm(self.depthwise(self.expand(x))))
+        out = self.project_norm(self.project(out))
+        return x + out if out.shape == x.shape else out
+
+
+class MobileNetV2(nn.Module):
+    """A stream without projections: whoever adds to it writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*_conv_bn(3, 8))
+        self.block1 = InvertedResidual(8, 8, 16)
+        self.block2 = InvertedResidual(8, 12, 20)
+        self.block3 = InvertedResidual(12, 12, 16)
+        self.last = nn.Sequential(*_conv_bn(12, 16, 1))
+        self.classifier = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.block1(self.stem(x)), 2)
+        return self.classifier(self.last(self.block3(self.block2(x))).mean((2, 3)))
+
+
+class DenseNet(nn.Module):
+    """Every layer reads all before it, behind a norm of its own; a transition; a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 10, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(10)
+        self.conv1 = nn.Conv2d(10, 8, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(18)
+        self.conv2 = nn.Conv2d(18, 8, 3, padding=1)
+        self.norm3 = nn.BatchNorm2d(26)
+        self.transition = nn.Conv2d(26, 12, 1)
+        self.norm4 = nn.BatchNorm2d(12)
+        self.conv3 = nn.Conv2d(12, 8, 3, padding=1)
+        self.fc = nn.Linear(20, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.cat([x, self.conv1(F.relu(self.norm1(x)))], 1)
+        x = torch.cat([x, self.conv2(F.relu(self.norm2(x)))], 1)
+        x = F.avg_pool2d(self.transition(F.relu(self.norm3(x))), 2)
+        x = torch.cat([x, self.conv3(F.relu(self.norm4(x)))], 1)
+        return self.fc(F.relu(x).mean((2, 3)))
+
+
 class ConvFlattenLinear(nn.Module):
     """No norm; every channel of the last convolution feeds 16 inputs of the first linear layer."""
 
@@ -176,11 +235,20 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+# Nets with streams that many layers write or read.
+SKIP_NETS: dict[str, Callable[[], nn.Module]] = {
+    "basic": NETS["basic"],
+    "bottleneck": NETS["bottleneck"],
+    "mobilenetv2": MobileNetV2,
+    "densenet": DenseNet,
+}
+
+
 def net(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A network with norms away from their start values, so that a wrong cut shows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = NETS[name]().to(dtype)
+        model = {**NETS, **SKIP_NETS}[name]().to(dtype)
         for module in model.modules():
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -261,11 +329,22 @@ def optimizer_for(name: str, model: nn.Module) -> torch.optim.Optimizer:
 
 
 class Reader(NamedTuple):
-    """Who reads a producer's channels: the layer, its inputs per channel, depthwise on the way."""
+    """Who reads a producer's channels: the layer, its inputs per channel, depthwise on the way.
+
+    `start`: the first of those inputs, behind a concatenation.
+    """
 
     layer: str
     per_channel: int = 1
     depthwise: str = ""
+    start: int = 0
+
+
+class Stream(NamedTuple):
+    """Channels that several layers write or read, or one each."""
+
+    producers: tuple[str, ...]
+    readers: tuple[Reader, ...]
 
 
 # Producer -> its only reader, written by hand from the classes above: what may lose channels.
@@ -300,5 +379,66 @@ READERS: dict[str, dict[str, Reader]] = {
         "conv2": Reader("fc1"),
         "fc1": Reader("fc2"),
         "fc2": Reader("head"),
+    },
+}
+
+
+def _inside(blocks: Sequence[str], convolutions: int) -> dict[str, Stream]:
+    """conv1 -> conv2 (-> conv3) of residual blocks."""
+    return {
+        f"{block}.conv{i}": Stream((f"{block}.conv{i}",), (Reader(f"{block}.conv{i + 1}"),))
+        for block in blocks
+        for i in range(1, convolutions)
+    }
+
+
+def _residual_streams(last: str) -> dict[str, Stream]:
+    """Of `Residual`, whose blocks end with convolution `last`."""
+    conv, shortcut = f"{{}}.{last}".format, "{}.shortcut.0".format
+    stage2 = (Reader("layer2.0.conv1"), Reader(shortcut("layer2.0")))
+    return {
+        "conv1": Stream(("conv1",), (Reader("layer1.0.conv1"), Reader(shortcut("layer1.0")))),
+        conv("layer1.0"): Stream(
+            (conv("layer1.0"), shortcut("layer1.0"), conv("layer1.1")),
+            (Reader("layer1.1.conv1"), *stage2),
+        ),
+        conv("layer2.0"): Stream((conv("layer2.0"), shortcut("layer2.0")), (Reader("fc"),)),
+    }
+
+
+def _inverted(block: str) -> Stream:
+    expand = f"{block}.expand.0"
+    reader = Reader(f"{block}.project", depthwise=f"{block}.depthwise")
+    return Stream((expand,), (reader,))
+
+
+# First producer -> the stream: what may lose channels with `prune_residual`. By hand, like READERS.
+STREAMS: dict[str, dict[str, Stream]] = {
+    "basic": {
+        **_residual_streams("conv2"),
+        **_inside(("layer1.0", "layer1.1", "layer2.0"), 2),
+    },
+    "bottleneck": {
+        **_residual_streams("conv3"),
+        **_inside(("layer1.0", "layer1.1", "layer2.0"), 3),
+    },
+    "mobilenetv2": {
+        "stem.0": Stream(
+            ("stem.0", "block1.project"), (Reader("block1.expand.0"), Reader("block2.expand.0"))
+        ),
+        "block1.expand.0": _inverted("block1"),
+        "block2.expand.0": _inverted("block2"),
+        "block2.project": Stream(
+            ("block2.project", "block3.project"), (Reader("block3.expand.0"), Reader("last.0"))
+        ),
+        "block3.expand.0": _inverted("block3"),
+        "last.0": Stream(("last.0",), (Reader("classifier"),)),
+    },
+    "densenet": {
+        "stem": Stream(("stem",), (Reader("conv1"), Reader("conv2"), Reader("transition"))),
+        "conv1": Stream(("conv1",), (Reader("conv2", start=10), Reader("transition", start=10))),
+        "conv2": Stream(("conv2",), (Reader("transition", start=18),)),
+        "transition": Stream(("transition",), (Reader("conv3"), Reader("fc"))),
+        "conv3": Stream(("conv3",), (Reader("fc", start=12),)),
     },
 }

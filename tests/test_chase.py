@@ -14,12 +14,14 @@ from torch.nn import functional as F
 import gossamer
 from audit import Audit
 from gossamer.allocation import allocate
-from gossamer.methods.chase import select_channels
+from gossamer.removal import select_channels
 from gossamer.train.models import build_model
 from nets import (
     NETS,
     OPTIMIZERS,
     READERS,
+    SKIP_NETS,
+    STREAMS,
     batches,
     evaluate,
     images,
@@ -34,6 +36,7 @@ STEPS = 60
 
 # Updates every 4 steps, some ten removals until step 48, phase B in the last 12.
 SHORT = {"density": 0.2, "channel_sparsity": 0.5, "update_interval": 4, "min_channels": 2}
+SHORT["channel_multiple"] = 1
 
 
 def _chase(**changes) -> gossamer.Chase:
@@ -111,7 +114,7 @@ def test_removal_steps_stay_in_their_window(total: int, options: dict[str, float
     end = options.get("channel_end", chase.explore_end)
     assert steps == sorted(set(steps))
     assert steps[0] > options.get("channel_start", 0) * total - 1
-    assert chase.sparsity_at(gossamer.Progress(steps[-1], total)) == chase.channel_sparsity
+    assert chase.sparsity_at(gossamer.Progress(steps[-1], total)) == 0.4  # the default
     start = round(options.get("channel_start", 0) * total)
     assert steps[-1] == max(start + 1, round(end * total))
     updates = [s for s in range(1, total) if chase.updates_at(gossamer.Progress(s, total))]
@@ -250,7 +253,7 @@ def test_selection_of_the_two_layers_in_a_model(beta: float, expected) -> None:
         for pool, umm in zip(sparsifier.pools, (A, B), strict=True):
             pool.producer.weight.copy_(torch.tensor(umm)[:, None].expand(4, 4))
     end = gossamer.Progress(80, 100)
-    removed = chase.removals(sparsifier.pools, end)
+    removed = chase.removals(sparsifier.pools, end, {})
     assert tuple(channels.tolist() for channels in removed) == expected
 
 
@@ -313,7 +316,9 @@ def test_selection_in_multiples(seed: int, multiple: int) -> None:
     live = [torch.ones(width, dtype=torch.bool) for width in widths]
     floors = [min(width, multiple) for width in widths]
     target = round(0.6 * sum(widths))
-    removed = select_channels(scores, live, floors=floors, live_target=target, multiple=multiple)
+    removed = select_channels(
+        scores, live, floors=floors, live_target=target, multiples=[multiple] * 5
+    )
     left = [width - len(channels) for width, channels in zip(widths, removed, strict=True)]
     for now, before, floor in zip(left, widths, floors, strict=True):
         assert now == before or now % multiple == 0
@@ -335,12 +340,16 @@ def test_factor_one_removes_evenly(sparsity: float, widths: tuple[int, int]) -> 
         nn.Linear(4, one), nn.ReLU(), nn.Linear(one, two), nn.ReLU(), nn.Linear(two, 2)
     )
     chase = gossamer.Chase(
-        density=1.0, channel_sparsity=sparsity, min_channel_factor=1.0, min_channels=1
+        density=1.0,
+        channel_sparsity=sparsity,
+        min_channel_factor=1.0,
+        min_channels=1,
+        channel_multiple=1,
     )
     sparsifier = gossamer.Sparsifier(model, chase, total_steps=100, example=torch.randn(2, 4))
     with torch.no_grad():
         sparsifier.sites[0].weight.mul_(1e-6)  # the scores alone would empty the first layer
-    removed = chase.removals(sparsifier.pools, gossamer.Progress(80, 100))
+    removed = chase.removals(sparsifier.pools, gossamer.Progress(80, 100), {})
     left = [width - len(channels) for width, channels in zip(widths, removed, strict=True)]
     assert left == [round(width * (1 - sparsity)) for width in widths]
 
@@ -352,7 +361,7 @@ def _audited(name: str, chase: gossamer.Chase, optimizer: str = "sgd", **options
     model = net(name)
     sparsifier = _sparsifier(model, chase, **options)
     opt = optimizer_for(optimizer, model)
-    audit = Audit(sparsifier, opt, READERS[name])
+    audit = Audit(sparsifier, opt, (STREAMS if chase.prune_residual else READERS)[name])
     losses = train(
         model, sparsifier, opt, batches(STEPS), before_step=audit.before, after_step=audit.after
     )
@@ -638,11 +647,35 @@ def _train_alike(runs, *, least_cuts: int = 2) -> None:
     assert masked.live_channels == slim.live_channels
     assert sum(p.numel() for p in runs["end"][0].parameters()) > max(widths) - 1
     for site, cut in zip(masked.sites, slim.sites, strict=True):
-        rows, columns = slim.plan.kept(site.tensor_name, 0), slim.plan.kept(site.tensor_name, 1)
-        mask = site.masked.mask
-        mask = mask if rows is None else mask[rows]
-        mask = mask if columns is None else mask[:, columns]
-        assert torch.equal(mask, cut.masked.mask), site.name
+        assert torch.equal(_at(slim.plan, site.name, site.masked.mask), cut.masked.mask), site.name
+    _same_parameters(*runs.values())
+
+
+def _at(plan: gossamer.Plan, layer: str, tensor: Tensor) -> Tensor:
+    """What the plan keeps of a layer's tensor: `(out, in, ...)`, or `(out,)`."""
+    rows, columns = plan.kept(f"{layer}.weight", 0), plan.kept(f"{layer}.weight", 1)
+    tensor = tensor if rows is None else tensor[rows]
+    return tensor if columns is None or tensor.dim() < 2 else tensor[:, columns]
+
+
+def _same_parameters(masked, slim) -> None:
+    """Parameters and optimizer state of both networks, where the cut one still has them."""
+    plan, seen = slim[1].plan, 0
+    named = dict(masked[0].named_parameters())
+    for name, parameter in slim[0].named_parameters():
+        layer = (
+            name.split(".parametrizations")[0] if "parametr" in name else name.rpartition(".")[0]
+        )
+        wide = named[name]
+        pairs = [(wide, parameter)]
+        for key, value in slim[2].state[parameter].items():
+            if torch.is_tensor(value) and value.dim():
+                pairs.append((masked[2].state[wide][key], value))
+                seen += 1
+        for whole, cut in pairs:
+            kept = _at(plan, layer, whole.detach())
+            torch.testing.assert_close(kept, cut.detach(), rtol=0, atol=1e-10, msg=name)
+    assert seen > 4
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -764,7 +797,10 @@ def _kept(plan: gossamer.Plan) -> dict[tuple[str, int], list[int]]:
 
 @pytest.mark.parametrize("name", NETS)
 def test_masked_then_shrunk_is_the_network_cut_during_training(name: str) -> None:
-    runs = _pair(name, "sgd", torch.float64, _chase())
+    _shrunk_alike(_pair(name, "sgd", torch.float64, _chase()))
+
+
+def _shrunk_alike(runs) -> None:
     data = batches(STEPS)
     for model, sparsifier, opt in runs.values():
         train(model, sparsifier, opt, data)
@@ -786,7 +822,7 @@ def test_masked_then_shrunk_is_the_network_cut_during_training(name: str) -> Non
 
 def _fresh(name: str, optimizer: str, cut: str):
     model = net(name, dtype=torch.float32)
-    sparsifier = _sparsifier(model, _chase(), cut=cut)
+    sparsifier = _sparsifier(model, _chase(prune_residual=name in SKIP_NETS), cut=cut)
     return model, sparsifier, optimizer_for(optimizer, model)
 
 
@@ -814,6 +850,8 @@ STOPS = {
     ("mobilenet", "adamw", "during"): [9, 10, 12, 48],
     ("conv_flatten_linear", "rmsprop", "during"): [1, 2, 4, 47, 50],
     ("bottleneck", "adam", "end"): [10, 12, 48],
+    ("mobilenetv2", "sgd", "during"): [9, 10],
+    ("densenet", "adamw", "during"): [9, 10],
 }
 
 
@@ -990,6 +1028,174 @@ def test_keep_channels_and_excluded_layers_keep_their_widths() -> None:
     assert int((model.features[3].weight == 0).sum()) == 0
 
 
+# Skip paths: residual streams, concatenations, branches
+
+
+def _skip(**changes) -> gossamer.Chase:
+    return _chase(prune_residual=True, **changes)
+
+
+@pytest.mark.parametrize("cut", ["end", "during"])
+@pytest.mark.parametrize("name", SKIP_NETS)
+def test_every_step_on_skip_paths_equals_the_twin(name: str, cut: str) -> None:
+    _, sparsifier, _, audit = _audited(name, _skip(), cut=cut)
+    assert {pool.name for pool in sparsifier.pools} == set(STREAMS[name])
+    assert all(event.removed or event.updated for event in audit.events)
+    for pool in sparsifier.pools:
+        stream = STREAMS[name][pool.name]
+        assert sorted(site.name for site in pool.producers) == sorted(stream.producers)
+        for site in pool.producers:  # one truth in all producers
+            assert torch.equal(site.masked.live_out.flatten(), pool.live)
+    # Every layer but the last lies in some pool: what is live is what the budget speaks of.
+    total = sum(audit.widths.values())
+    assert sparsifier.live_channels == round(0.5 * total)
+    assert sum(site.nonzeros for site in sparsifier.sites) == round(0.2 * audit.original)
+    shared = [name for name, stream in STREAMS[name].items() if len(stream.readers) > 1]
+    assert any(audit.removed_numbers()[name] for name in shared)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channel_score": "masked_mean"},
+        {"channel_score": "density"},
+        {"min_channel_factor": 1.0},
+        {"min_channel_factor": 0.0, "min_channels": 1, "channel_sparsity": 0.75},
+        {"density": 0.9, "channel_sparsity": 0.8},
+    ],
+    ids=str,
+)
+def test_skip_paths_equal_the_twin_with_other_settings(changes) -> None:
+    _audited("basic", _skip(**changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [*((name, "sgd") for name in SKIP_NETS), ("mobilenetv2", "adamw")]
+)
+def test_masked_and_cut_skip_paths_train_alike(name: str, optimizer: str) -> None:
+    _train_alike(_pair(name, optimizer, torch.float64, _skip()))
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "densenet"])
+def test_masked_then_shrunk_skip_paths(name: str) -> None:
+    _shrunk_alike(_pair(name, "sgd", torch.float64, _skip()))
+
+
+def test_a_sum_of_convolutions_is_scored_as_the_one_convolution_it_is() -> None:
+    """conv(a) + conv(b) = conv([a, b]): a channel's score does not depend on how it is written."""
+
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Conv2d(3, 8, 1)
+            self.one = nn.Conv2d(2, 8, 1, bias=False)
+            self.last = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            both = self.wide(x) + self.one(x[:, :2])
+            return self.last(F.relu(both)).mean((2, 3))
+
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Conv2d(5, 8, 1)
+            self.last = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.relu(self.wide(torch.cat([x, x[:, :2]], 1)))).mean((2, 3))
+
+    torch.manual_seed(0)
+    summed, joined = Summed().double(), Joined().double()
+    with torch.no_grad():
+        joined.wide.weight.copy_(torch.cat([summed.wide.weight, summed.one.weight], 1))
+        joined.wide.bias.copy_(summed.wide.bias)
+        joined.last.load_state_dict(summed.last.state_dict())
+    x = images(2)
+    torch.testing.assert_close(evaluate(summed, x), evaluate(joined, x), rtol=0, atol=1e-12)
+    mask = torch.rand(8, 5, 1, 1, generator=torch.Generator().manual_seed(1)) < 0.4
+    for score in ("umm", "masked_mean", "density"):
+        scores = []
+        for model in (summed, joined):
+            chase = _skip(channel_score=score, density=1.0, min_channels=1)
+            sparsifier = _sparsifier(copy.deepcopy(model), chase, cut="end")
+            (pool,) = sparsifier.pools
+            columns = [range(5)] if len(pool.producers) == 1 else [range(3), range(3, 5)]
+            for site, part in zip(pool.producers, columns, strict=True):
+                site.masked.mask.copy_(mask[:, part])
+                with torch.no_grad():
+                    site.weight.mul_(site.masked.mask)
+            scores.append(chase.score(pool))
+        torch.testing.assert_close(*scores, rtol=1e-14, atol=0)
+        assert scores[0].unique().numel() > 3
+
+
+def test_a_channel_of_a_stream_counts_once() -> None:
+    model = net("basic")
+    sparsifier = _sparsifier(model, _skip())
+    widths = {pool.name: pool.original_channels for pool in sparsifier.pools}
+    # Three layers write the 12 channels of layer1, and three read them.
+    assert widths["layer1.0.conv2"] == 12
+    assert sum(widths.values()) == 8 + (12 + 12 + 12) + (20 + 20)
+    train(model, sparsifier, optimizer_for("sgd", model), batches(STEPS))
+    left = {pool.name: pool.group.channels for pool in sparsifier.pools}
+    assert sum(left.values()) == round(0.5 * sum(widths.values()))
+    assert sparsifier.channel_sparsity == 1 - sum(left.values()) / sum(widths.values())
+    stream = left["layer1.0.conv2"]
+    assert model.layer1[0].conv2.weight.shape[0] == stream
+    assert model.layer1[0].shortcut[0].weight.shape[0] == stream
+    assert model.layer1[1].conv2.weight.shape[0] == stream
+    assert model.layer1[1].conv1.weight.shape[1] == stream
+    assert model.layer2[0].conv1.weight.shape[1] == stream
+    assert model.layer2[0].shortcut[0].weight.shape[1] == stream
+
+
+@pytest.mark.parametrize("cut", ["end", "during"])
+def test_floors_and_multiples_hold_on_skip_paths(cut: str) -> None:
+    model = net("mobilenetv2")
+    chase = _skip(channel_multiple=4, min_channels=4, min_channel_factor=0.0, channel_sparsity=0.6)
+    sparsifier = _sparsifier(model, chase, cut=cut)
+
+    def after(step: int) -> None:
+        for pool in sparsifier.pools:
+            live = int(pool.live.sum())
+            assert live >= 4
+            assert live == pool.original_channels or live % 4 == 0
+
+    train(model, sparsifier, optimizer_for("sgd", model), batches(STEPS), after_step=after)
+    assert sparsifier.channel_sparsity == pytest.approx(0.6, abs=0.03)
+
+
+def test_without_the_flag_skip_paths_stay_and_say_how_to_cut_them() -> None:
+    sparsifier = _sparsifier(net("basic"), _chase())
+    assert "prune_residual=True" in sparsifier.locked["layer1.0.conv2"]
+    assert "prune_residual=True" in sparsifier.locked["conv1"]
+    assert [pool.name for pool in sparsifier.pools] == list(READERS["basic"])
+
+
+@pytest.mark.parametrize("dense", ["layer1.1.conv2", "layer1.1.conv1"])
+def test_all_ends_of_a_stream_must_be_sparse(dense: str) -> None:
+    """The second writer, or one of three readers, is left dense."""
+    sparsifier = _sparsifier(net("basic"), _skip(channel_sparsity=0.3), exclude=[dense])
+    assert "layer1.0.conv2" not in {pool.name for pool in sparsifier.pools}
+    assert dense in sparsifier.locked["layer1.0.conv2"]
+    assert {"conv1", "layer2.0.conv2"} <= {pool.name for pool in sparsifier.pools}
+
+
+def test_keep_channels_of_a_stream() -> None:
+    sparsifier = _sparsifier(net("basic"), _skip(channel_sparsity=0.3), keep_channels=["conv1"])
+    assert "keep_channels" in sparsifier.locked["conv1"]
+    assert "layer1.0.conv2" in {pool.name for pool in sparsifier.pools}
+
+
+def test_prune_residual_of_a_plain_chain_is_the_same_run() -> None:
+    runs = []
+    for chase in (_chase(), _skip()):
+        model = net("vgg")
+        sparsifier = _sparsifier(model, chase)
+        runs.append(train(model, sparsifier, optimizer_for("sgd", model), batches(STEPS)))
+    assert runs[0] == runs[1]
+
+
 # Eligible channels of the published networks
 
 
@@ -1013,6 +1219,32 @@ def test_eligible_channels_of_resnet50() -> None:
     # Widths of a uniform removal, in dense-format MACs relative to the full network.
     ratios = [_uniform_ratio(sparsifier, removed) for removed in (0.3, 0.4, 0.5)]
     assert ratios == pytest.approx([0.641, 0.538, 0.446], abs=1e-3)
+
+
+def test_eligible_channels_of_resnet50_with_skip_paths() -> None:
+    """An eighth as wide; the stem and a stream per stage come on top: 64 + 256 + ... + 2048."""
+    model = build_model("resnet50-imagenet", num_classes=10, in_shape=(3, 64, 64), width=1 / 8)
+    sparsifier = gossamer.Sparsifier(
+        model,
+        gossamer.Chase(channel_sparsity=0.5, prune_residual=True),
+        total_steps=1000,
+        example=torch.randn(1, 3, 32, 32),
+    )
+    streams = {p.name: p for p in sparsifier.pools if not p.group.internal}
+    widths = {name: pool.original_channels for name, pool in streams.items()}
+    assert widths == {
+        "conv1": 8,
+        "layer1.0.conv3": 32,
+        "layer2.0.conv3": 64,
+        "layer3.0.conv3": 128,
+        "layer4.0.conv3": 256,
+    }
+    writers = [len(pool.producers) for pool in streams.values()]
+    readers = [len(pool.group.consumers) for pool in streams.values()]
+    assert writers == [1, 3 + 1, 4 + 1, 6 + 1, 3 + 1]  # one a block, and the shortcut
+    assert readers == [2, 2 + 2, 3 + 2, 5 + 2, 2 + 1]  # blocks behind, next stage's two, or the fc
+    assert sum(pool.original_channels for pool in sparsifier.pools) == (7552 + 3904) / 8
+    assert set(sparsifier.locked) == {"fc"}
 
 
 def _uniform_ratio(sparsifier: gossamer.Sparsifier, removed: float) -> float:

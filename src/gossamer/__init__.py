@@ -2,6 +2,7 @@
 
 from gossamer.bake import finalize
 from gossamer.forecast import forecast
+from gossamer.latency import LatencyTable, latency
 from gossamer.method import Cost, Method, Progress, SupportChange
 from gossamer.methods.autosparse import AutoSparse
 from gossamer.methods.chase import Chase
@@ -31,6 +32,7 @@ __all__ = [
     "DST",
     "GMP",
     "GraNet",
+    "LatencyTable",
     "MEST",
     "Masked",
     "Method",
@@ -51,6 +53,7 @@ __all__ = [
     "TopKAST",
     "finalize",
     "forecast",
+    "latency",
     "load",
     "save",
     "shrink",

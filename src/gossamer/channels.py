@@ -165,9 +165,10 @@ def find_groups(model: nn.Module, example: Example) -> list[ChannelGroup]:
         alike.setdefault((signature, found.locked), []).append(found)
     groups = [_group(members, order) for members in alike.values()]
     groups = _named(sorted(groups, key=lambda group: order[group.producers[0].tensor]))
-    reached = {part.layer for group in groups for part in group.producers}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    reached = {id(tensors[part.tensor]) for group in groups for part in group.slices}
     for name, module in model.named_modules():
-        if isinstance(module, _LAYERS) and name not in reached and _wide(module):
+        if isinstance(module, _LAYERS) and id(module.weight) not in reached and _wide(module):
             groups.append(
                 ChannelGroup(name, 0, (), (), (), "the example's output does not depend on it")
             )

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.allocation import allocate
+from gossamer.channels import ChannelGroup
 from gossamer.site import ChannelPool, Place, Site
 from gossamer.sparse_weight import SparseWeight
 
 __all__ = [
     "Cost",
     "Method",
+    "Price",
     "Progress",
     "SupportChange",
     "allocate_density",
@@ -73,6 +75,24 @@ class SupportChange(NamedTuple):
     grown: Tensor
 
 
+class Price(ABC):
+    """What one run of the network costs, as a function of the widths of its channel pools."""
+
+    @property
+    @abstractmethod
+    def unit(self) -> str:
+        """What it is counted in: "MACs", "bytes" or "ms"."""
+
+    @property
+    @abstractmethod
+    def dense(self) -> float:
+        """Price of the network as it was at the start."""
+
+    @abstractmethod
+    def __call__(self, widths: Sequence[int]) -> float:
+        """Price when each pool, in order, is as wide as `widths` says."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """Hyperparameters and rules of one sparse training method."""
@@ -103,6 +123,15 @@ class Method(ABC):
         """
         return None
 
+    def check_channels(self, groups: Sequence[ChannelGroup], prices: Mapping[str, Price]) -> None:
+        """Raise ValueError when what is to be removed cannot be.
+
+        Args:
+            groups: That may lose channels.
+            prices: What their widths cost, in the units of `priced_in`.
+        """
+        return None
+
     def updates_at(self, progress: Progress) -> bool:
         """Whether the support changes after this step."""
         return False
@@ -117,8 +146,13 @@ class Method(ABC):
         """The supports after this step, one change per site; None leaves all as they are."""
         return None
 
-    def removals(self, pools: Sequence[ChannelPool], progress: Progress) -> list[Tensor] | None:
-        """Channels to remove after this step: indices per pool, or None when none is due."""
+    def removals(
+        self, pools: Sequence[ChannelPool], progress: Progress, prices: Mapping[str, Price]
+    ) -> list[Tensor] | None:
+        """Channels to remove after this step: indices per pool, or None when none is due.
+
+        `prices` are those of `priced_in`, for the widths of the pools in order.
+        """
         return None
 
     def advance(
@@ -149,6 +183,21 @@ class Method(ABC):
     @property
     def needs_graph(self) -> bool:
         """Whether the method works on channel groups, so that the Sparsifier needs an example."""
+        return False
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """What one run of the slim network may cost, by unit of price; empty without a budget."""
+        return {}
+
+    @property
+    def priced_in(self) -> tuple[str, ...]:
+        """Units whose prices `removals` must know: "macs", "bytes", "latency"."""
+        return ()
+
+    @property
+    def cuts_skip_paths(self) -> bool:
+        """Whether channels that several layers write or read may be removed too."""
         return False
 
     @property

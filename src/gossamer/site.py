@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -111,24 +111,53 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class ChannelPool:
-    """A channel group that may lose channels, with the site that produces it.
+    """A channel group that may lose channels, with the sites that produce it.
 
-    `group.channels` is the width as the model is now; `original_channels` before any removal.
+    A channel that several layers write is one channel: it is removed in all of them or in none.
+
+    Attributes:
+        group: Its `channels` are the width as the model is now.
+        producers: One site per slice of `group.producers`.
+        original_channels: Before any removal.
     """
 
     group: ChannelGroup
-    producer: Site
+    producers: tuple[Site, ...]
     original_channels: int
 
     @property
     def name(self) -> str:
-        """Name of the producing layer."""
-        return self.producer.name
+        """Name of the group: of its first producer."""
+        return self.group.name
+
+    @property
+    def producer(self) -> Site:
+        """The first of them; the only one unless several layers write the channels."""
+        return self.producers[0]
 
     @property
     def live(self) -> Tensor:
         """`(group.channels,)` bool on the CPU: channels that are not removed."""
-        return self.producer.masked.live_out.flatten()[self.group.producers[0].index[:, 0]].cpu()
+        # One truth for all producers: every removal marks the channel in each of them.
+        live = self.producer.masked.live_out.flatten()
+        return live.cpu()[self.group.producers[0].index[:, 0]]
+
+    @property
+    def original_fan_in(self) -> int:
+        """Weights that produce one channel, in all producers together, before any cut."""
+        return sum(
+            site.original_fan_in * part.index.shape[1]
+            for site, part in zip(self.producers, self.group.producers, strict=True)
+        )
+
+    def total(self, measure: Callable[[Site], Tensor]) -> Tensor:
+        """`(group.channels,)` float64 on the CPU: `measure(site): (out,)` over all that produce
+        a channel, summed.
+        """
+        whole = torch.zeros(self.group.channels, dtype=torch.float64)
+        for site, part in zip(self.producers, self.group.producers, strict=True):
+            whole += measure(site).cpu()[part.index].sum(1)
+        return whole
 
 
 def find_layers(

@@ -7,8 +7,9 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,10 @@ from torch.utils.hooks import RemovableHandle
 from gossamer import bake
 from gossamer.channels import Change, ChannelGroup, find_groups
 from gossamer.example import Example, map_tensors
-from gossamer.method import Method, Progress, SupportChange
+from gossamer.latency import LatencyTable, Milliseconds
+from gossamer.latency import latency as measure_latency
+from gossamer.method import Method, Price, Progress, SupportChange
+from gossamer.prices import Bytes, Macs
 from gossamer.shrink.plan import Plan
 from gossamer.shrink.verify import cut_verified, probe, try_cuts
 from gossamer.site import ChannelPool, Place, Site, fill_flat_weights, find_layers
@@ -27,7 +31,12 @@ from gossamer.sparse_weight import Masked, zero_after_load
 
 __all__ = ["Sparsifier"]
 
+T = TypeVar("T")
+
 _STATE_FORMAT = 1
+# A latency is predicted, measured, and predicted better, until both agree, but not for ever.
+_NOISE = 0.02  # by which two measurements of one network differ
+_TIMES_MEASURED = 4
 
 # These update every element from its own gradient and state alone: where weight, gradient and
 # state are zero they stay zero. After any other optimizer the masks are applied again.
@@ -63,12 +72,16 @@ class Sparsifier:
         keep_channels: Name patterns of layers whose output channels must all stay.
         cut: "during": removed channels are cut out of the model at once, so training gets faster.
             "end": they are only masked; `gossamer.shrink` cuts them after `finalize()`.
+        latency: What the network takes at any widths, `gossamer.latency(model, batch)`, for methods
+            that ask for it. None: it is measured here, on the example as it is.
         seed: Of every random decision; the same on all ranks.
 
     Attributes:
         sites: The sparse weights.
         pools: The channel groups that may lose channels.
         locked: Channels of which layers stay, with the reason.
+        prices: What a network of the pools' widths costs, in the units that the method asks for.
+        refused: Cuts that were not made because the network would have become slower, in words.
         left_dense: Layers that the method cannot make sparse, with the reason.
         plan: What has been cut so far.
         revision: Grows by one whenever supports or widths change.
@@ -88,6 +101,7 @@ class Sparsifier:
         exclude: Sequence[str] = (),
         keep_channels: Sequence[str] = (),
         cut: Literal["during", "end"] = "during",
+        latency: LatencyTable | None = None,
         seed: int = 0,
     ) -> None:
         if total_steps < 1:
@@ -109,6 +123,8 @@ class Sparsifier:
             example = _on_device(example, model)
         groups, self.locked = _eligible(model, method, layers, example, keep_channels)
         method.validate({group.name: group.channels for group in groups}, total_steps)
+        self.prices = _prices(model, method, groups, example, latency)
+        method.check_channels(groups, self.prices)
 
         self.model = model
         self.method = method
@@ -116,6 +132,7 @@ class Sparsifier:
         self.step_count = 0
         self.plan = Plan()
         self.revision = 0
+        self.refused = self._clock.slower() if self._clock else []
         self._seed = seed
         self._cut = cut
         self._example = None if example is None else probe(model, example)
@@ -135,7 +152,10 @@ class Sparsifier:
         self._site = {site.name: site for site in self.sites}
         self._masked_sites = [site for site in self.sites if isinstance(site.sparse, Masked)]
         self._masks = [(site.masked, site.weight) for site in self._masked_sites]
-        self.pools = [ChannelPool(g, self._site[g.name], g.channels) for g in groups]
+        self.pools = [
+            ChannelPool(g, tuple(self._site[part.layer] for part in g.producers), g.channels)
+            for g in groups
+        ]
         for mask, weight in self._masks:
             register = weight.register_post_accumulate_grad_hook
             self._handles.append(register(mask.mask_gradient))  # type: ignore[no-untyped-call]
@@ -258,7 +278,10 @@ class Sparsifier:
 
     @property
     def channel_sparsity(self) -> float:
-        """Removed share of the channels that may be removed; 0 when there are none."""
+        """Removed share of the channels that may be removed; 0 when there are none.
+
+        A channel that several layers write (of a residual stream) counts once.
+        """
         original = sum(pool.original_channels for pool in self.pools)
         return 1 - self.live_channels / original if original else 0.0
 
@@ -276,6 +299,7 @@ class Sparsifier:
             "postponed": self._postponed,
             "shapes": {site.name: list(site.original_shape) for site in self.sites},
             "plan": self.plan.to_dict(),
+            **({"latency": self._clock.state_dict()} if self._clock else {}),
         }
 
     def load_state_dict(
@@ -307,6 +331,8 @@ class Sparsifier:
         plan = Plan.from_dict(state["plan"])
         plan.apply(self.model, optimizer)
         self._follow(plan.changes)
+        if self._clock:
+            self._clock.load_state_dict(state["latency"])
         self.step_count = int(state["step"])
         self._postponed = bool(state["postponed"])
         self.revision += 1
@@ -390,7 +416,9 @@ class Sparsifier:
             site.masked.kept_zero = True
 
     def _remove_channels(self, progress: Progress) -> bool:
-        removals = self.method.removals(self.pools, progress)
+        removals = self.method.removals(self.pools, progress, self.prices)
+        if removals is not None and self._clock:
+            removals = self._timed(removals, progress)
         if removals is None or not any(len(channels) for channels in removals):
             return False
         for pool, channels in zip(self.pools, removals, strict=True):
@@ -402,13 +430,56 @@ class Sparsifier:
                     site.masked.mask.mul_(site.masked.live)
         return True
 
+    @property
+    def _clock(self) -> Milliseconds | None:
+        """The price that is measured, and measured again while training."""
+        price = self.prices.get("latency")
+        assert price is None or isinstance(price, Milliseconds)
+        return price
+
+    def _timed(self, removals: list[Tensor], progress: Progress) -> list[Tensor]:
+        """The removals, chosen again until the network they leave takes as long as was said.
+
+        None at all when it would take longer than before.
+        """
+        clock = self._clock
+        assert clock is not None
+        before = clock.measured
+        live = [int(pool.live.sum()) for pool in self.pools]
+        nothing = [gone[:0] for gone in removals]
+        for attempt in range(_TIMES_MEASURED):
+            widths = [n - len(gone) for n, gone in zip(live, removals, strict=True)]
+            if widths == live:
+                return nothing
+            off = clock.check(widths, _from_first_rank)
+            if abs(off - 1) < _NOISE or attempt == _TIMES_MEASURED - 1:
+                break
+            again = self.method.removals(self.pools, progress, self.prices)
+            assert again is not None
+            removals = again
+        # A budget is met by cutting more, not less.
+        if clock.measured <= before * (1 + _NOISE) or self.method.budgets:
+            return removals
+        cut = [
+            f"{pool.name} {n} to {width}"
+            for pool, n, width in zip(self.pools, live, widths, strict=True)
+            if width < n
+        ]
+        self.refused.append(
+            f"step {progress.step}: {', '.join(cut)} would take {clock.measured:.4g} ms, and "
+            f"before the cut it is {before:.4g} ms"
+        )
+        clock.measured = before
+        return nothing
+
     def _zero_dead_biases(self, optimizer: torch.optim.Optimizer) -> None:
         """A removed channel that is still there computes nothing at all."""
         for pool in self.pools:
-            bias = pool.producer.module.bias
-            if isinstance(bias, nn.Parameter):
-                live = pool.producer.masked.live_out.flatten()
-                _multiply(bias, live.to(bias.dtype), optimizer)
+            for site in pool.producers:
+                bias = site.module.bias
+                if isinstance(bias, nn.Parameter):
+                    live = site.masked.live_out.flatten()
+                    _multiply(bias, live.to(bias.dtype), optimizer)
 
     def _cut_dead_channels(self, optimizer: torch.optim.Optimizer) -> None:
         assert self._example is not None
@@ -426,10 +497,7 @@ class Sparsifier:
     def _follow(self, cuts: Sequence[Change]) -> None:
         """Bring plan and pools up to date with cuts that were made on the model."""
         self.plan.record(cuts)
-        self.pools = [
-            ChannelPool(pool.group.after(cuts), pool.producer, pool.original_channels)
-            for pool in self.pools
-        ]
+        self.pools = [replace(pool, group=pool.group.after(cuts)) for pool in self.pools]
 
 
 def _on_device(example: Example, model: nn.Module) -> Example:
@@ -440,6 +508,48 @@ def _on_device(example: Example, model: nn.Module) -> Example:
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _from_first_rank(measure: Callable[[], T]) -> T:
+    """What the first process measures: no two clocks agree, and all processes must."""
+    if _world_size() == 1:
+        return measure()
+    found = [measure() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    assert found[0] is not None
+    return found[0]
+
+
+def _prices(
+    model: nn.Module,
+    method: Method,
+    groups: Sequence[ChannelGroup],
+    example: Example | None,
+    table: LatencyTable | None,
+) -> dict[str, Price]:
+    """What the network costs at other widths of its groups, in the units the method asks for."""
+    prices: dict[str, Price] = {}
+    if table is not None and "latency" not in method.priced_in:
+        raise ValueError(
+            f"latency= is given, but {type(method).__name__} does not follow it: leave it out, or "
+            "have the method ask for it (max_latency_ms, channel_score_per='latency')"
+        )
+    if not method.priced_in:
+        return prices
+    assert example is not None
+    if "macs" in method.priced_in:
+        prices["macs"] = Macs(model, groups, example)
+    if "bytes" in method.priced_in:
+        prices["bytes"] = Bytes(model, groups)
+    if "latency" in method.priced_in:
+        readings = _from_first_rank(
+            lambda: (table or measure_latency(model, example, groups=groups)).readings
+        )
+        if table is None:
+            table = measure_latency(model, example, groups=groups, readings=readings)
+        names = [group.name for group in groups]
+        prices["latency"] = Milliseconds(table.with_readings(readings), names)
+    return prices
 
 
 def _fitting(
@@ -500,10 +610,10 @@ def _eligible(
         dense = [p.layer for p in (*group.producers, *group.consumers) if p.layer not in layers]
         if group.locked:
             locked[group.name] = group.locked
-        elif not group.internal:
+        elif not (group.internal or method.cuts_skip_paths):
             locked[group.name] = (
                 "they lie on a skip path or make up attention heads (several layers write or read "
-                "them)"
+                "them): prune_residual=True cuts those too"
             )
         elif dense:
             locked[group.name] = f"{dense[0]} is left dense, and both ends must be sparse"

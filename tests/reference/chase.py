@@ -7,7 +7,8 @@ equal values go by position: layer first, then index within the layer.
     b(t) = d + margin (1 + cos(pi t / T_A)) / 2              density ceiling of phase A
     f(t) = f_end + (f_0 - f_end) (1 + cos(pi t / T)) / 2     drop fraction of phase B
     S(t) = S_c (1 - (1 - (t - t_0) / (T_c - t_0))^3)         share of channels removed
-    UMM(l, c) = (1 / n_c) sum_i |w_i|                        n_c counts every position
+    UMM(l, c) = (1 / n_c) sum_i |w_i|                        n_c counts every position, in all
+                                                             layers that write channel c
     m_l = int(C_l (1 - S_c) beta)                            floor of layer l
 """
 
@@ -116,6 +117,11 @@ def update(
 
 
 # Channels
+
+
+def joined(layers: Arrays) -> np.ndarray:
+    """Rows of all layers that write the same channels, side by side: `(channels, all inputs)`."""
+    return np.concatenate([layer.reshape(len(layer), -1) for layer in layers], axis=1)
 
 
 def umm(weight: np.ndarray, fan_in: int) -> np.ndarray:

@@ -10,10 +10,16 @@ L. Yin et al., "Dynamic Sparsity Is Channel-Level Sparsity Learner", NeurIPS 202
         live = round((1 - S(t)) C),  S(t) = S_c (1 - (1 - t / T_c)^3)
         UMM(c) = (1 / n_c) sum_i |w_i|,  no layer below m_l = int(C_l (1 - S_c) beta)
 
+A channel of a residual stream has many producers: i runs over the weights of all of them.
+
+With a budget (MACs, bytes, milliseconds) instead of S_c, the lowest go, in blocks that hardware
+likes, until
+    price(widths) <= B(t) = B + (P - B) (1 - t / T_c)^3,  P the price of the dense network
+
 Symbols: d -> `density`, N -> weights of the original network, K = round(d N), dT ->
 `update_interval`, margin -> `memory_margin`, T_A -> `explore_end`, T_c -> `channel_end`, S_c ->
 `channel_sparsity`, C -> channels of all eligible layers, beta -> `min_channel_factor`, n_c -> the
-original fan-in of a channel.
+original fan-in of a channel, in all its producers together.
 """
 
 from __future__ import annotations
@@ -21,15 +27,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.allocation import DISTRIBUTIONS, allocate
+from gossamer.channels import ChannelGroup
 from gossamer.exploration import SCOPES, Count, prune_to, random_scores, select, sizes
 from gossamer.method import (
     Cost,
     Method,
+    Price,
     Progress,
     SupportChange,
     allocate_density,
@@ -37,13 +46,19 @@ from gossamer.method import (
     check_range,
 )
 from gossamer.ops import channel_magnitude, random_mask
+from gossamer.removal import select_blocks, select_channels
 from gossamer.schedules import cosine, cubic
 from gossamer.site import ChannelPool, Site
 from gossamer.sparse_weight import Masked
+from gossamer.widths import block, steps
 
-__all__ = ["Chase", "select_channels"]
+__all__ = ["Chase"]
 
 CHANNEL_SCORES = ("umm", "masked_mean", "density")
+PRICES = ("macs", "bytes", "latency")
+
+# Measured again, a latency differs by 2 %: what is to end within 5 % below a budget aims here.
+_LATENCY_AIM = 0.975
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +78,28 @@ class Chase(Method):
         grow: "gradient" (largest gradient) or "random".
         scope: "global" ranks all layers together; "layer" gives each layer its share by
             `distribution`, recomputed for the widths after each removal.
-        channel_sparsity: Share of the eligible channels to remove, in [0, 1); 0 removes none.
+        channel_sparsity: Share of the eligible channels to remove, in [0, 1); 0 removes none. None:
+            0.4, or as many as the budgets ask for.
+        max_macs: Budget: MACs of one example that the slim network executes.
+        max_bytes: Budget: bytes of its safetensors file.
+        max_latency_ms: Budget: milliseconds that it takes, measured on the machine at hand.
         channel_interval: Steps between removals, a multiple of `update_interval`; None: about 10
             removals.
         channel_start: Start of the removal schedule, as a fraction of training.
         channel_end: Its end, when exactly `channel_sparsity` is reached; None: `explore_end`.
         channel_score: "umm", "masked_mean" (mean over active weights) or "density".
+        channel_score_per: What the score is weighed against: "channel" (as in the paper: every
+            channel counts the same), or what its removal saves: "macs", "bytes" or "latency".
         min_channel_factor: No layer falls below this share of its uniform final width: 1 removes
-            evenly, 0 wherever scores are lowest.
+            evenly, 0 wherever scores are lowest. With a budget, that width is where all layers as
+            narrow would meet it.
         min_channels: No layer falls below this many channels (or its width, if narrower).
-        channel_multiple: Widths are rounded to a multiple of this (8 or 16 suit most hardware).
+        channel_multiple: Widths are rounded to a multiple of this; None: to 16, or 8 in layers
+            below 64 channels, or 1 below 16; the very last block is then only as large as a budget
+            asks for. Where latency is measured, widths that are no faster than wider ones are
+            passed over.
+        prune_residual: Also remove channels that several layers write or read: residual streams,
+            concatenations, branches. Such a channel goes from all of them at once.
     """
 
     density: float = 0.1
@@ -85,14 +112,19 @@ class Chase(Method):
     t_end: float = 1.0
     grow: str = "gradient"
     scope: str = "global"
-    channel_sparsity: float = 0.4
+    channel_sparsity: float | None = None
+    max_macs: float | None = None
+    max_bytes: float | None = None
+    max_latency_ms: float | None = None
     channel_interval: int | None = None
     channel_start: float = 0.0
     channel_end: float | None = None
     channel_score: str = "umm"
+    channel_score_per: str = "channel"
     min_channel_factor: float = 0.2
     min_channels: int = 8
-    channel_multiple: int = 1
+    channel_multiple: int | None = None
+    prune_residual: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, "density", 0, 1, open_low=True)
@@ -100,6 +132,7 @@ class Chase(Method):
         check_choice(self, "grow", ("gradient", "random"))
         check_choice(self, "scope", SCOPES)
         check_choice(self, "channel_score", CHANNEL_SCORES)
+        check_choice(self, "channel_score_per", ("channel", *PRICES))
         for name in ("memory_margin", "drop_fraction", "drop_fraction_end", "t_end"):
             check_range(self, name, 0, 1)
         check_range(self, "explore_end", 0, 1, open_low=True)
@@ -110,12 +143,19 @@ class Chase(Method):
                 f"{self.explore_end}, and would freeze more weights than the density allows: give "
                 "an earlier explore_end too"
             )
-        for name in ("update_interval", "channel_interval"):
+        for name in ("update_interval", "channel_interval", "channel_multiple"):
             if getattr(self, name) is not None:
                 check_range(self, name, 1, math.inf, whole=True)
         check_range(self, "min_channels", 1, math.inf, whole=True)
-        check_range(self, "channel_multiple", 1, math.inf, whole=True)
-        if not 0 <= self.channel_sparsity < 1:
+        for unit in self.budgets:
+            check_range(self, _SETTING[unit], 0, math.inf, open_low=True)
+        if self.budgets and self.channel_sparsity is not None:
+            raise ValueError(
+                f"Chase: channel_sparsity={self.channel_sparsity} and "
+                f"{', '.join(_SETTING[unit] for unit in self.budgets)} both say how many channels "
+                "go: give one of them"
+            )
+        if not 0 <= self._share_removed < 1:
             raise ValueError(
                 f"Chase: channel_sparsity={self.channel_sparsity} leaves no channels or adds some: "
                 "give a share of channels to remove in [0, 1)"
@@ -137,7 +177,25 @@ class Chase(Method):
     @property
     def needs_graph(self) -> bool:
         """Channels are removed unless `channel_sparsity` is 0."""
-        return self.channel_sparsity > 0
+        return bool(self.budgets) or self._share_removed > 0
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The limits that were given, by unit."""
+        limits = {unit: getattr(self, _SETTING[unit]) for unit in PRICES}
+        return {unit: limit for unit, limit in limits.items() if limit is not None}
+
+    @property
+    def priced_in(self) -> tuple[str, ...]:
+        """The units of the budgets, and of what scores are weighed against."""
+        if not self.needs_graph:
+            return ()
+        return tuple(unit for unit in PRICES if unit in (*self.budgets, self.channel_score_per))
+
+    @property
+    def cuts_skip_paths(self) -> bool:
+        """With `prune_residual`."""
+        return self.prune_residual
 
     def budget(self, shapes: Sequence[torch.Size]) -> list[int]:
         """Weights per layer, summing to `round(density * all weights)`."""
@@ -170,16 +228,42 @@ class Chase(Method):
                 f"{end - start} steps in which channels are removed, and would take all of them at "
                 "once at the end: give a smaller one"
             )
-        total = sum(widths.values())
-        target = round((1 - self.channel_sparsity) * total)
-        floors = sum(self._floor(width) for width in widths.values())
-        if floors > target:
+
+    def check_channels(self, groups: Sequence[ChannelGroup], prices: Mapping[str, Price]) -> None:
+        """Raise ValueError when too few channels can go; says how far the network can be cut."""
+        channels = [group.channels for group in groups]
+        blocks = [self._block(group.channels, group) for group in groups]
+        floors = [self._floor(*pair, share=0) for pair in zip(channels, blocks, strict=True)]
+        for unit, limit in self.budgets.items():
+            price, setting = prices[unit], f"{_SETTING[unit]}={self.budgets[unit]:,.10g}"
+            if limit >= price.dense:
+                raise ValueError(
+                    f"Chase: {setting} {price.unit} is no less than the dense network's "
+                    f"{price.dense:,.6g} {price.unit}: give less, or leave it out"
+                )
+            least = price(floors)
+            if least > limit * _aim(unit):
+                raise ValueError(
+                    f"Chase: {setting} {price.unit} is out of reach: with every layer that may "
+                    f"lose channels at its floor, {least / _aim(unit):,.6g} of the dense "
+                    f"network's {price.dense:,.6g} are left; give at least as much, lower "
+                    f"min_channels={self.min_channels}, or let more layers be cut "
+                    "(prune_residual=True, fewer keep_channels)"
+                )
+        if self.budgets:
+            return
+        share = 1 - self._share_removed
+        floors = [self._floor(*pair, share=share) for pair in zip(channels, blocks, strict=True)]
+        target = round(share * sum(channels))
+        if sum(floors) > target:
+            names = [group.name for group in groups]
             raise ValueError(
-                f"Chase: channel_sparsity={self.channel_sparsity} would leave {target} of {total} "
-                f"channels, but the floors of {len(widths)} layers ({', '.join(list(widths)[:4])}"
-                f"{', ...' if len(widths) > 4 else ''}) add up to {floors}: the highest reachable "
-                f"is {1 - floors / total:.3f}; lower channel_sparsity, min_channels="
-                f"{self.min_channels} or channel_multiple={self.channel_multiple}"
+                f"Chase: channel_sparsity={self._share_removed} would leave {target} of "
+                f"{sum(channels)} channels, but the floors of {len(names)} layers "
+                f"({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}) add up to "
+                f"{sum(floors)}: the highest reachable is {1 - sum(floors) / sum(channels):.3f}; "
+                f"lower channel_sparsity, min_channels={self.min_channels} or "
+                f"channel_multiple={self.channel_multiple}"
             )
 
     def updates_at(self, progress: Progress) -> bool:
@@ -221,17 +305,40 @@ class Chase(Method):
         grown = select(growth, self._count(sites, missing, sizes(kept), candidates), candidates)
         return [SupportChange(*change) for change in zip(kept, grown, strict=True)]
 
-    def removals(self, pools: Sequence[ChannelPool], progress: Progress) -> list[Tensor] | None:
-        """Channels of the lowest score, so many that the schedule's live count is left."""
+    def removals(
+        self, pools: Sequence[ChannelPool], progress: Progress, prices: Mapping[str, Price]
+    ) -> list[Tensor] | None:
+        """Channels of the lowest score, so many that the schedule's count or price is left."""
         if not self.needs_graph or progress.step not in self.removal_steps(progress.total_steps):
             return None
-        total = sum(pool.original_channels for pool in pools)
-        return select_channels(
-            [self.score(pool) for pool in pools],
-            [pool.live for pool in pools],
-            floors=[self._floor(pool.original_channels) for pool in pools],
-            live_target=round((1 - self.sparsity_at(progress)) * total),
-            multiple=self.channel_multiple,
+        scores = [self.score(pool) for pool in pools]
+        live = [pool.live for pool in pools]
+        channels = [pool.original_channels for pool in pools]
+        blocks = [self._block(pool.original_channels, pool.group) for pool in pools]
+        share = self._uniform_share(channels, prices)
+        floors = [self._floor(c, size, share) for c, size in zip(channels, blocks, strict=True)]
+        target = round((1 - self.sparsity_at(progress)) * sum(channels))
+        if not self.priced_in:
+            return select_channels(
+                scores, live, floors=floors, live_target=target, multiples=blocks
+            )
+
+        last = progress.step == self._channel_window(progress.total_steps)[1]
+        final = round((1 - self._share_removed) * sum(channels))
+
+        def within(widths: Sequence[int], target: int, limits: Mapping[str, float]) -> bool:
+            if not limits:
+                return sum(widths) <= target
+            return all(prices[unit](widths) <= limit for unit, limit in limits.items())
+
+        return select_blocks(
+            scores,
+            live,
+            ladders=[steps(*ladder) for ladder in zip(channels, blocks, floors, strict=True)],
+            enough=partial(within, target=target, limits=self._allowed(prices, progress)),
+            done=partial(within, target=final, limits=self._goals(last)),
+            grains=[self._grain(size) for size in blocks] if last else None,
+            price=prices.get(self.channel_score_per),
         )
 
     # ------------------------------------------------------------------ schedules
@@ -248,7 +355,18 @@ class Chase(Method):
     def sparsity_at(self, progress: Progress) -> float:
         """S(t): share of the eligible channels that is to be gone after this step."""
         start, end = self._channel_window(progress.total_steps)
-        return cubic((progress.step - start) / (end - start), 0.0, self.channel_sparsity)
+        return cubic((progress.step - start) / (end - start), 0.0, self._share_removed)
+
+    def _allowed(self, prices: Mapping[str, Price], progress: Progress) -> dict[str, float]:
+        """B(t): what the network may cost after this step, by unit."""
+        start, end = self._channel_window(progress.total_steps)
+        fraction = (progress.step - start) / (end - start)
+        goals = self._goals(last=progress.step >= end)
+        return {unit: cubic(fraction, prices[unit].dense, goal) for unit, goal in goals.items()}
+
+    def _goals(self, last: bool) -> dict[str, float]:
+        """B: where that ends; channels that a wrong measurement removed would not come back."""
+        return {u: limit * (_aim(u) if last else 1.0) for u, limit in self.budgets.items()}
 
     def removal_steps(self, total_steps: int) -> list[int]:
         """Steps of the removal events: half an interval off the updates, and the window's end."""
@@ -274,28 +392,59 @@ class Chase(Method):
             return self.update_interval
         return 1000 if total_steps >= 20_000 else max(1, min(100, total_steps // 20))
 
-    def _floor(self, channels: int) -> int:
-        """Channels that a layer of this width keeps at least, in whole multiples."""
-        share = (1 - self.channel_sparsity) * self.min_channel_factor
-        floor = int(channels * share + 1e-9)  # 20 * (1 - 0.8) is a hair below 4
-        floor = max(floor, self.min_channels)
-        return min(channels, math.ceil(floor / self.channel_multiple) * self.channel_multiple)
+    @property
+    def _share_removed(self) -> float:
+        """S_c; without meaning when there are budgets."""
+        return 0.4 if self.channel_sparsity is None else self.channel_sparsity
+
+    def _uniform_share(self, channels: Sequence[int], prices: Mapping[str, Price]) -> float:
+        """Share of its channels that every layer would keep if all kept the same."""
+        if not self.budgets:
+            return 1 - self._share_removed
+        low, high = 0.0, 1.0
+        while high - low > 1e-3:
+            share = (low + high) / 2
+            widths = [max(1, round(share * width)) for width in channels]
+            fits = all(prices[unit](widths) <= limit for unit, limit in self.budgets.items())
+            low, high = (share, high) if fits else (low, share)
+        return low
+
+    def _block(self, channels: int, group: ChannelGroup) -> int:
+        """Channels of a group that go at a time; `channels` before any cut."""
+        return block(channels, group.producers[0].index.shape[1], self.channel_multiple)
+
+    def _grain(self, size: int) -> int:
+        """What the very last block is a multiple of, so that budgets are met and not undershot."""
+        if not self.budgets or self.channel_multiple is not None:
+            return size
+        return max(1, size // 4) if "latency" in self.budgets else 1
+
+    def _floor(self, channels: int, size: int, share: float) -> int:
+        """Channels that a layer keeps at least, in whole blocks.
+
+        Args:
+            channels: Of the layer, before any cut.
+            size: Of a block.
+            share: Of its channels that every layer would keep if all kept the same.
+        """
+        even = int(channels * share * self.min_channel_factor + 1e-9)  # 20 * (1 - 0.8) is below 4
+        least = math.ceil(self.min_channels / size) * size
+        return min(channels, max(even - even % size, least))
 
     # ------------------------------------------------------------------ ranking
 
     def score(self, pool: ChannelPool) -> Tensor:
-        """`(pool.group.channels,)` float64 on the CPU: the `channel_score` of each channel."""
-        weight = pool.producer.weight
-        fan_in = pool.producer.original_fan_in
+        """`(pool.group.channels,)` float64 on the CPU: the `channel_score` of each channel.
+
+        Over the weights of all its producers at once: a sum of convolutions is one convolution of
+        their inputs side by side, and is scored as that one.
+        """
+        if self.channel_score == "density":
+            return pool.total(_active) / pool.original_fan_in
+        magnitude = pool.total(lambda site: channel_magnitude(site.weight, 1))
         if self.channel_score == "umm":
-            score = channel_magnitude(weight, fan_in)
-        else:
-            active = pool.producer.support.flatten(1).sum(1, dtype=torch.float64)
-            if self.channel_score == "density":
-                score = active / fan_in
-            else:
-                score = channel_magnitude(weight, 1) / active.clamp(min=1)
-        return score.cpu()[pool.group.producers[0].index[:, 0]]
+            return magnitude / pool.original_fan_in
+        return magnitude / pool.total(_active).clamp(min=1)
 
     def _count(
         self, sites: Sequence[Site], total: int, held: Sequence[int], among: Sequence[Tensor]
@@ -316,63 +465,14 @@ class Chase(Method):
         return [share - have for share, have in zip(shares, held, strict=True)]
 
 
-def select_channels(
-    scores: Sequence[Tensor],
-    live: Sequence[Tensor],
-    *,
-    floors: Sequence[int],
-    live_target: int,
-    multiple: int = 1,
-) -> list[Tensor]:
-    """Channels to remove from each pool so that `live_target` are left over all pools.
-
-    The live channel of lowest score goes first, ties by (pool, channel); a pool on its floor loses
-    no more. With `multiple` above 1 every width that shrinks becomes a multiple, and the total
-    comes as close to the target as that allows.
-
-    Args:
-        scores: One `(channels,)` tensor per pool.
-        live: One `(channels,)` bool tensor per pool; only live channels count and may go.
-        floors: Channels each pool keeps at least.
-        live_target: Channels to leave over all pools.
-        multiple: What widths are rounded to.
-
-    Returns:
-        Sorted int64 indices per pool.
-    """
-    ranked = [
-        sorted((value, channel) for channel, value in enumerate(score.tolist()) if alive[channel])
-        for score, alive in zip(scores, (mask.tolist() for mask in live), strict=True)
-    ]
-    current = [len(channels) for channels in ranked]
-    widths = list(current)
-    surplus = sum(widths) - live_target
-    for _, pool in sorted((value, pool) for pool, row in enumerate(ranked) for value, _ in row):
-        if surplus <= 0:
-            break
-        if widths[pool] > floors[pool]:
-            widths[pool] -= 1
-            surplus -= 1
-    if multiple > 1:
-        widths = _rounded(widths, current, floors, multiple)
-    return [
-        torch.tensor(sorted(channel for _, channel in row[: len(row) - width]), dtype=torch.int64)
-        for row, width in zip(ranked, widths, strict=True)
-    ]
+def _active(site: Site) -> Tensor:
+    """`(out,)` weights of every channel that are on the support."""
+    return site.support.flatten(1).sum(1, dtype=torch.float64)
 
 
-def _rounded(
-    widths: Sequence[int], current: Sequence[int], floors: Sequence[int], multiple: int
-) -> list[int]:
-    """Widths in multiples, none above `current`; their sum is as near as can be to that given."""
-    low = [
-        width if width == now else max(floor, width - width % multiple)
-        for width, now, floor in zip(widths, current, floors, strict=True)
-    ]
-    rest = sum(widths) - sum(low)
-    for pool in sorted(range(len(low)), key=lambda pool: low[pool] - widths[pool]):
-        step = min(multiple, current[pool] - low[pool])
-        if step and 2 * rest >= step:
-            low[pool] += step
-            rest -= step
-    return low
+_SETTING = {"macs": "max_macs", "bytes": "max_bytes", "latency": "max_latency_ms"}
+
+
+def _aim(unit: str) -> float:
+    """Share of a budget to aim at: what is counted is met exactly, what is measured scatters."""
+    return _LATENCY_AIM if unit == "latency" else 1.0
