@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors
@@ -19,8 +19,15 @@ __all__ = ["load", "read_plan", "save", "write_whole"]
 _PLAN_KEY = "gossamer_plan"
 
 
-def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan | None = None) -> None:
+def save(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    plan: Plan | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write the model's tensors to a safetensors file, with the plan that cuts the full network.
+
+    `metadata` goes into the file's header beside the plan.
 
     Raises:
         OSError: The file cannot be written; whatever was at `path` before is still there.
@@ -29,8 +36,8 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan | None = Non
         name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, t in model.state_dict().items()
     }
-    metadata = {"format": "pt", _PLAN_KEY: (plan or Plan()).to_json()}
-    data = safetensors.torch.save(tensors, metadata=metadata)
+    header = {**(metadata or {}), "format": "pt", _PLAN_KEY: (plan or Plan()).to_json()}
+    data = safetensors.torch.save(tensors, metadata=header)
     write_whole(path, lambda temporary: temporary.write_bytes(data))
 
 
