@@ -129,6 +129,34 @@ def test_state_is_restored(fails: bool) -> None:
     assert not torch.is_inference_mode_enabled()
 
 
+# The clocks
+
+
+def test_the_cpu_clock_does_not_count_waiting() -> None:
+    def work(x: Tensor) -> None:
+        end = time.process_time() + 0.002
+        while time.process_time() < end:
+            pass
+
+    models = {"works": work, "sleeps": lambda x: time.sleep(0.02)}
+    result = compare_latency(models, torch.zeros(1), rounds=5, min_round_ms=4, clock="cpu")
+    assert result["works"].milliseconds.median > 2 * result["sleeps"].milliseconds.median
+    assert result.conditions.clock == "cpu"
+    wall = compare_latency(models, torch.zeros(1), rounds=5, min_round_ms=4)
+    assert wall["sleeps"].milliseconds.low >= 20
+    assert wall.conditions.clock == "wall"
+
+
+def test_any_two_models_compare() -> None:
+    models = {"one": _wait(0.001), "two": _wait(0.002), "four": _wait(0.004)}
+    result = compare_latency(models, torch.zeros(1), rounds=5, min_round_ms=4)
+    assert result.ratio("four", "one") == result["four"].ratio
+    assert result.ratio("two", "two") == Quartiles(1.0, 1.0, 1.0)
+    pairs = zip(result["two"].rounds, result["four"].rounds, strict=True)
+    ratios = sorted(two / four for two, four in pairs)
+    assert result.ratio("two", "four").median == pytest.approx(ratios[2])
+
+
 # Inputs, conditions, reports
 
 
@@ -209,6 +237,21 @@ def test_table_and_dict() -> None:
         ({"a": abs}, torch.zeros(1), {"warmup": -1}, ValueError, "warmup=-1"),
         ({"a": abs}, torch.zeros(1), {"min_round_ms": 0}, ValueError, "min_round_ms=0"),
         ({"a": abs}, torch.zeros(1), {"threads": 0}, ValueError, "threads=0"),
+        ({"a": abs}, torch.zeros(1), {"clock": "sun"}, ValueError, 'wanted "wall" or "cpu"'),
+        (
+            {"a": abs},
+            torch.zeros(1),
+            {"clock": "cpu", "threads": 2},
+            ValueError,
+            "adds up 2 threads, their waiting too: pass threads=1",
+        ),
+        (
+            {"a": abs},
+            torch.zeros(1, device="meta"),
+            {"clock": "cpu"},
+            ValueError,
+            "does not see what meta does",
+        ),
     ],
 )
 def test_errors(models, example, options, error, message) -> None:

@@ -4,6 +4,10 @@ A time taken alone says little on a shared machine: the clock, the caches and th
 between two measurements by more than the models differ. So the models take turns, and a ratio is
 the median over the rounds of (time of the model / time of the first model in the same round).
 Zeros alone change none of these times: dense-format hardware multiplies by them too.
+
+Two clocks. "wall" is what a user waits for. "cpu" is what the process computes: with one thread the
+same on an idle machine, and not disturbed by whoever else wants the cores. Neighbours still share
+caches and memory, so ratios move by a few per cent with either.
 """
 
 import math
@@ -14,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +26,18 @@ from torch import Tensor, nn
 from gossamer.example import batch_size, call_arguments, evaluating, example_tensors
 from gossamer.measure.macs import align
 
-__all__ = ["Conditions", "LatencyComparison", "ModelLatency", "Quartiles", "compare_latency"]
+__all__ = [
+    "Clock",
+    "Conditions",
+    "LatencyComparison",
+    "ModelLatency",
+    "Quartiles",
+    "compare_latency",
+    "read_clock",
+    "using_threads",
+]
+
+Clock = Literal["wall", "cpu"]
 
 
 class Quartiles(NamedTuple):
@@ -46,6 +61,7 @@ class Conditions:
     torch: version.
     rounds: how often each model was measured; warmup: calls of each model before that.
     min_round_ms: how long each model runs in a round, at least.
+    clock: "wall" or "cpu" (time of the process on the processor).
     """
 
     device: str
@@ -60,6 +76,7 @@ class Conditions:
     rounds: int
     warmup: int
     min_round_ms: float
+    clock: Clock
 
 
 @dataclass(frozen=True)
@@ -69,12 +86,14 @@ class ModelLatency:
     milliseconds: per call, over the rounds.
     ratio: to the first model in the same round; below 1 is faster.
     repeats: calls in each round.
+    rounds: milliseconds per call, round by round.
     """
 
     name: str
     milliseconds: Quartiles
     ratio: Quartiles
     repeats: int
+    rounds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -87,6 +106,11 @@ class LatencyComparison:
     def __getitem__(self, name: str) -> ModelLatency:
         """Return the model of that name."""
         return {model.name: model for model in self.models}[name]
+
+    def ratio(self, name: str, to: str) -> Quartiles:
+        """Return time of `name` / time of `to` in the same round: any two models compare."""
+        pairs = zip(self[name].rounds, self[to].rounds, strict=True)
+        return _quartiles([this / base for this, base in pairs])
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data, ready for JSON."""
@@ -131,6 +155,7 @@ def compare_latency(
     warmup: int = 3,
     min_round_ms: float = 20.0,
     threads: int | None = None,
+    clock: Clock = "wall",
 ) -> LatencyComparison:
     """Time the models on one example, in turns; ratios are to the first model.
 
@@ -148,34 +173,36 @@ def compare_latency(
         min_round_ms: milliseconds that each model runs in each round, at least.
         threads: torch threads during the comparison; None leaves them as they are. More than one
             only on an idle machine: waiting for a busy core swamps the difference between models.
+        clock: "wall", or "cpu" for one thread on a machine that others use too.
 
     Raises:
         TypeError: the example is no tensor, tuple or mapping, or a model cannot be called.
         ValueError: there is no model, the example has no batch, models and example are on several
-            devices, or a number is out of range.
+            devices, a number is out of range, or the CPU clock would not see the whole work.
     """
     _check(models, rounds=rounds, warmup=warmup, min_round_ms=min_round_ms, threads=threads)
     args, kwargs = call_arguments(example)
     batch = batch_size(example)
     device = _common_device(models, example)
+    read_clock(clock, device, threads)
 
-    def milliseconds(model: Callable[..., object], repeats: int) -> float:
-        _synchronize(device)
-        start = time.perf_counter()
+    def milliseconds(model: Callable[..., object], clock: Clock, repeats: int) -> float:
+        start = read_clock(clock, device)
         for _ in range(repeats):
             model(*args, **kwargs)
-        _synchronize(device)
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (read_clock(clock, device) - start)
 
-    with torch.inference_mode(), evaluating(*models.values()), _threads(threads):
+    with torch.inference_mode(), evaluating(*models.values()), using_threads(threads):
         repeats = {}
         for name, model in models.items():
-            milliseconds(model, warmup)
-            repeats[name] = _calibrate(partial(milliseconds, model), min_round_ms)
+            milliseconds(model, "wall", warmup)
+            # By the wall clock: one that stands still while a callable waits would never end.
+            repeats[name] = _calibrate(partial(milliseconds, model, "wall"), min_round_ms)
         times: dict[str, list[float]] = {name: [] for name in models}
         for turn in range(rounds):
             for name in list(models)[:: -1 if turn % 2 else 1]:
-                times[name].append(milliseconds(models[name], repeats[name]) / repeats[name])
+                spent = milliseconds(models[name], clock, repeats[name])
+                times[name].append(spent / repeats[name])
         conditions = Conditions(
             device=str(device),
             gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -189,6 +216,7 @@ def compare_latency(
             rounds=rounds,
             warmup=warmup,
             min_round_ms=min_round_ms,
+            clock=clock,
         )
     first = next(iter(times.values()))
     return LatencyComparison(
@@ -198,6 +226,7 @@ def compare_latency(
                 milliseconds=_quartiles(own),
                 ratio=_quartiles([this / base for this, base in zip(own, first, strict=True)]),
                 repeats=repeats[name],
+                rounds=tuple(own),
             )
             for name, own in times.items()
         ),
@@ -240,13 +269,32 @@ def _calibrate(milliseconds: Callable[[int], float], target: float) -> int:
     return max(1, math.ceil(repeats * target / taken))
 
 
-def _synchronize(device: torch.device) -> None:
+def read_clock(clock: Clock, device: torch.device, threads: int | None = None) -> float:
+    """Return the seconds on the clock, once the device has done what it was given.
+
+    Raises:
+        ValueError: the CPU clock on another device, or with several `threads` (None: those that
+            torch has now): it would add up the time that they spend waiting for each other.
+    """
+    if clock == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f'clock="cpu" does not see what {device} does: pass clock="wall"')
+        if (threads or torch.get_num_threads()) > 1:
+            raise ValueError(
+                f'clock="cpu" adds up {threads or torch.get_num_threads()} threads, their waiting '
+                'too: pass threads=1, or clock="wall" on an idle machine'
+            )
+        return time.process_time()
+    if clock != "wall":
+        raise ValueError(f'got clock={clock!r}; wanted "wall" or "cpu"')
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
+def using_threads(threads: int | None) -> Iterator[None]:
+    """Let torch use so many threads within operators; None leaves them as they are."""
     if threads is None:
         yield
         return
