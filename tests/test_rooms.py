@@ -12,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "gossamer"
 
 # Rooms from the bottom up; a module imports only rooms below its own (and, where `own`, its own).
-PURE = {"ops", "surrogates", "schedules", "allocation", "example"}
+PURE = {"ops", "surrogates", "schedules", "allocation", "example", "widths"}
 CORE = {"site", "sparse_weight", "method"}
 MAY_IMPORT: dict[str, set[str]] = {
     "ops": set(),
@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schedules": set(),
     "allocation": set(),
     "example": set(),
+    "widths": set(),
     "provenance": {"example"},
     "channels": {"example", "provenance"},
     "sparse_weight": PURE,
@@ -28,14 +29,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "control": PURE | CORE,
     "forecast": PURE | CORE,
     "exploration": {"ops"},
-    "methods": PURE | CORE | {"control", "exploration", "forecast"},
+    "removal": {"widths"},
+    "methods": PURE | CORE | {"channels", "control", "exploration", "forecast", "removal"},
     "shrink": {"channels", "example", "shrink"},
     "bake": {"sparse_weight"},
     "measure": PURE | {"measure"},
-    "export": PURE | {"measure", "export"},
-    "sparsifier": PURE | CORE | {"channels", "bake", "shrink"},
+    "export": PURE | {"measure", "shrink", "export"},  # shrink: model files, written whole
+    "narrow": {"channels", "example", "prices", "widths"},
+    "prices": PURE | CORE | {"channels", "measure", "shrink"},
+    "latency": PURE | CORE | {"channels", "measure", "prices", "shrink"},
+    "sparsifier": PURE | CORE | {"channels", "bake", "latency", "prices", "shrink"},
     "testing": PURE | CORE | {"bake", "sparsifier"},
     "registry": PURE | CORE | {"methods"},
+    "integrations": PURE | CORE | {"bake", "integrations", "measure", "shrink", "sparsifier"},
 }
 
 
@@ -78,6 +84,7 @@ def test_import_is_light() -> None:
     code = (
         "import sys, gossamer\n"
         "heavy = {'lightning', 'datasets', 'sklearn', 'matplotlib', 'jsonargparse'}\n"
+        "heavy |= {'onnx', 'onnxscript', 'onnxruntime', 'transformers', 'accelerate'}\n"
         "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
     )
     loaded = subprocess.run(

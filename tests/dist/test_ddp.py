@@ -26,7 +26,9 @@ def train(rank: int, world: int) -> dict[str, torch.Tensor]:
         nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Conv2d(12, 16, 3), nn.ReLU(), nn.Flatten(),
         nn.Linear(16 * 16, 10),
     ).double()  # fmt: skip
-    method = gossamer.Chase(density=0.3, channel_sparsity=0.25, update_interval=2)
+    method = gossamer.Chase(
+        density=0.3, channel_sparsity=0.25, update_interval=2, channel_multiple=1
+    )
     example = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
     sparsifier = gossamer.Sparsifier(model, method, total_steps=STEPS, example=example, cut="end")
     parallel = DistributedDataParallel(model) if world > 1 else model

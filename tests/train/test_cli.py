@@ -84,7 +84,7 @@ def test_only_training_imports_what_is_heavy(words):
     code = (
         "import sys; from gossamer.train.cli import main\n"
         f"assert main({words!r}) == 0\n"
-        "heavy = {'lightning', 'datasets', 'sklearn', 'matplotlib', 'rich'}\n"
+        "heavy = {'lightning', 'datasets', 'sklearn', 'matplotlib', 'rich', 'onnx'}\n"
         "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
@@ -228,7 +228,7 @@ def test_it_prints_the_networks_side_by_side(run_folder):
     assert path["after epoch"] == ["start", "1", "2"]
     assert path["exploration"][0] == path["density"][0] == "0.2000"
     assert "SAD from the start: " in out
-    assert "all channels kept: classifier - no layer reads them" in out
+    assert "all channels kept: classifier - they are an output of the model" in out
     snippet = out[out.index("    import gossamer") :].replace("    ", "")
     loaded: dict[str, object] = {}
     exec(snippet, loaded)
@@ -242,6 +242,16 @@ def test_it_prints_the_networks_side_by_side(run_folder):
         "dense: epoch 2/2",
     ]
     assert all(word in err[0] for word in ("loss", "accuracy", "density", "live", "val"))
+
+
+def test_a_run_is_a_model_of_the_other_commands(run_folder, tmp_path, capsys):
+    shutil.copy(run_folder / "model.safetensors", tmp_path / "moved.safetensors")
+    slim = json.loads((run_folder / "summary.json").read_text())["slim"]
+    for model in (run_folder, tmp_path / "moved.safetensors"):  # the file says what it is
+        assert run("check", model, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["macs_executed"] == slim["macs_executed"]
+        assert found["removable"] == 0
 
 
 def test_config_yaml_repeats_the_run(run_folder, tmp_path, capsys):

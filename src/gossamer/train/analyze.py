@@ -26,6 +26,7 @@ from gossamer.train.data import Batches
 from gossamer.train.figures import accuracy, logits
 from gossamer.train.folder import RunFolder
 from gossamer.train.plots import figure, write_svg
+from gossamer.train.report import statement
 from gossamer.train.run import restore
 
 __all__ = ["analyze", "cut_rows", "cut_table", "layer_table", "markdown", "statement"]
@@ -113,16 +114,6 @@ def cut_rows(
             }
         )
     return rows
-
-
-def statement(found: Mapping[str, Any]) -> str:
-    """The sentence to take away."""
-    held = found["held"]
-    return (
-        f"In this network the sparsest {held['channels']:.0%} of each layer's channels hold "
-        f"{held['weights']:.0%} of the weights; at random places they would hold "
-        f"{held['random']:.0%}."
-    )
 
 
 def layer_table(found: Mapping[str, Any]) -> Sequence[tuple[str, ...]]:

@@ -1,13 +1,11 @@
-"""The `gossamer` command. The only file that prints; heavy imports wait for the command in need."""
+"""The `gossamer` command. It and `commands` alone print; heavy imports wait for whom they serve."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import logging
 import shlex
 import sys
-import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import gossamer
 from gossamer.registry import METHODS, method_info
+from gossamer.train.commands import bench, check, export, fail, print_table, quiet, report, shrink
 
 if TYPE_CHECKING:
     from gossamer.train.catalogue import Entry
@@ -28,6 +27,11 @@ commands:
   train     train one network sparse, cut it, and report (gossamer train --help)
   compare   several methods, densities and seeds, one table (gossamer compare --help)
   analyze   what training did to a run's channels, and what cutting them would cost
+  report    one HTML page of one or more runs: curves, layers, channels, figures
+  shrink    cut every channel that does nothing out of a model
+  export    write a model as ONNX, torch.export program or safetensors, verified
+  check     how sparse a model is, in what pattern, and what could be cut
+  bench     time models in every engine at hand, or tell whether a cut will pay
   methods   list the sparse training methods, or show the card of one
 
 example:
@@ -46,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "compare": _compare,
         "analyze": _analyze,
+        "report": report.run,
+        "shrink": shrink.run,
+        "export": export.run,
+        "check": check.run,
+        "bench": bench.run,
         "methods": _methods,
     }
     try:
@@ -62,7 +71,7 @@ def _no_command(argv: list[str], commands: list[str]) -> int:
     if argv and not argv[0].startswith("-"):
         near = difflib.get_close_matches(argv[0], commands, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        return _fail(
+        return fail(
             2, f"there is no command {argv[0]!r}{hint}: choose one of {', '.join(commands)}"
         )
     parser = ArgumentParser(
@@ -107,9 +116,9 @@ def _methods(argv: list[str]) -> int:
         info = method_info(wanted.name)
         text = card(info.name)
     except ValueError as error:
-        return _fail(2, error)
+        return fail(2, error)
     except OSError as error:
-        return _fail(1, error)
+        return fail(1, error)
     if wanted.json:
         print(json.dumps(entry(info).to_dict() | {"card": text}, indent=2))
     elif sys.stdout.isatty():
@@ -150,18 +159,20 @@ def _list(entries: Sequence[Entry]) -> None:
 
 def _train(argv: list[str]) -> int:
     from gossamer.train.flags import UsageError, parse
-    from gossamer.train.folder import CONFIG
+    from gossamer.train.folder import CONFIG, RunFolder
+    from gossamer.train.html import write_page
 
     try:
         request = parse(argv)
     except UsageError as error:
-        return _fail(2, error)
+        return fail(2, error)
     except (ValueError, OSError) as error:
-        return _fail(1, error)
+        return fail(1, error)
     try:
         summary = _run(request)
+        write_page([request.config.folder], RunFolder(request.config.folder).page)
     except (ValueError, TypeError, OSError) as error:
-        return _fail(1, error)
+        return fail(1, error)
     except KeyboardInterrupt:
         folder = request.config.folder
         print("\ninterrupted", file=sys.stderr)
@@ -200,7 +211,7 @@ def _compare(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the rows of all cells as JSON")
     wanted = parser.parse_args(argv)
     if wanted.jobs is not None and wanted.jobs < 1:
-        return _fail(2, f"--jobs {wanted.jobs}: give at least 1")
+        return fail(2, f"--jobs {wanted.jobs}: give at least 1")
 
     from gossamer.train.compare import compare, failures, means, read
     from gossamer.train.flags import UsageError
@@ -214,9 +225,9 @@ def _compare(argv: list[str]) -> int:
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )
     except UsageError as error:
-        return _fail(2, error)
+        return fail(2, error)
     except (ValueError, OSError) as error:
-        return _fail(1, error)
+        return fail(1, error)
     except KeyboardInterrupt:
         out = "" if wanted.out is None else f" --out {shlex.quote(wanted.out)}"
         print(
@@ -229,7 +240,7 @@ def _compare(argv: list[str]) -> int:
         print(json.dumps(rows, indent=2))
     else:
         print(f"\n{rows[0]['model']} on {rows[0]['data']}\n{HEADER}")
-        _print_table(means(rows, narrow=True))
+        print_table(means(rows, narrow=True))
         print(f"everything is in {comparison.folder}: compare.md, results.csv, accuracy.svg, ...")
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
@@ -250,34 +261,26 @@ def _analyze(argv: list[str]) -> int:
 
     from gossamer.train.analyze import analyze, cut_table, layer_table, statement
 
-    _quiet()
+    quiet()
     try:
         found = analyze(Path(wanted.run))
     except (ValueError, OSError) as error:
-        return _fail(1, error)
+        return fail(1, error)
     if wanted.json:
         print(json.dumps(found, indent=2))
         return 0
-    _print_table(layer_table(found))
+    print_table(layer_table(found))
     if found["cuts"]:
         print()
-        _print_table(cut_table(found))
+        print_table(cut_table(found))
     print(f"\n{statement(found)}\nall of it is in {wanted.run}: analysis.md, .json, .svg")
     return 0
-
-
-def _quiet() -> None:
-    """Lightning's hints are for people who write Lightning code."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
 def _run(request: Request) -> dict[str, Any]:
     from gossamer.train.run import train
 
-    _quiet()
+    quiet()
     return train(
         request.config,
         request.method,
@@ -303,13 +306,13 @@ def _show(summary: dict[str, Any], request: Request) -> None:
     config = request.config
     print(f"\n{config.model} on {config.data}, {config.method}, seed {config.seed}")
     print(HEADER)
-    _print_table(rows(summary))
+    print_table(rows(summary))
     print(f"\n{notes(summary)}\n")
     path = moves(summary)
     if len(path) > 1:
-        _print_table(path)
+        print_table(path)
     print("\n".join(filter(None, [moved(summary), untouched(summary, most=3)])), end="\n\n")
-    print(f"everything is in {config.folder}: report.md, summary.json, model.safetensors, ...")
+    print(f"everything is in {config.folder}: report.html, report.md, model.safetensors, ...")
     print("the slim model is loaded with\n")
     print(
         "\n".join(
@@ -317,26 +320,3 @@ def _show(summary: dict[str, Any], request: Request) -> None:
             for x in loading(summary, str(config.folder / "model.safetensors")).splitlines()
         )
     )
-
-
-def _print_table(lines: Sequence[Sequence[str]]) -> None:
-    from gossamer.measure.macs import align
-
-    if not sys.stdout.isatty():
-        print(align(lines))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*lines[0])
-    for line in lines[1:]:
-        table.add_row(*line)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    Console().print(table)
-
-
-def _fail(code: int, error: object) -> int:
-    text = error.strerror if isinstance(error, OSError) and not error.filename else None
-    print(f"gossamer: error: {' '.join(str(text or error).split())}", file=sys.stderr)
-    return code

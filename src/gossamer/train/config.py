@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 # What may differ when a run is resumed: it changes neither network nor schedule.
-_FREE = ("out", "baseline", "threads", "device")
+_FREE = ("out", "baseline", "threads", "device", "tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,8 @@ class TrainConfig:
         precision: "32", or "bf16": autocast in training, weights stay in 32 bits.
         channels_last: Memory format of convolutions; faster with bf16 and on GPUs.
         threads: CPU threads; None leaves PyTorch's choice.
+        latency_batch: Images at a time when latency is measured, for the report and for budgets:
+            PyTorch as it is, in 32 bits, on `device` with `threads`.
         seed: Of the weights, the masks, the batches, and the validation images.
         device: "auto", "cpu" or "cuda".
         cut: "during": removed channels are cut at once, so that training gets faster; "end": they
@@ -67,6 +69,7 @@ class TrainConfig:
         exclude: Patterns of layer names to leave dense.
         keep_channels: Patterns of layer names whose output channels all stay.
         baseline: Train the dense twin as well: same network, seed, data and epochs.
+        tensorboard: Write the columns of metrics.csv for TensorBoard too, in the run folder.
         out: Run folder; None: runs/<data>-<model>-<method>-s<seed>.
     """
 
@@ -92,6 +95,7 @@ class TrainConfig:
     precision: Literal["32", "bf16"] = "32"
     channels_last: bool = False
     threads: int | None = None
+    latency_batch: int = 32
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cut: Literal["during", "end"] = "during"
@@ -99,11 +103,13 @@ class TrainConfig:
     exclude: tuple[str, ...] = ()
     keep_channels: tuple[str, ...] = ()
     baseline: bool = False
+    tensorboard: bool = False
     out: str | None = None
 
     def __post_init__(self) -> None:
         method_info(self.method)
-        for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("seed", 0)):
+        leasts = {"epochs": 1, "batch_size": 1, "latency_batch": 1, "warmup_epochs": 0, "seed": 0}
+        for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least {least}")
         if self.threads is not None and self.threads < 1:

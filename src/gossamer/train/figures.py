@@ -26,9 +26,7 @@ from gossamer.train.expand import expand, scatter, take
 if TYPE_CHECKING:
     from gossamer.train.engine import History
 
-__all__ = ["LATENCY_BATCH", "Delivered", "accuracy", "deliver", "figures", "logits", "topology"]
-
-LATENCY_BATCH = 32
+__all__ = ["Delivered", "accuracy", "deliver", "figures", "layers", "logits", "topology"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +131,29 @@ def figures(
         "macs_training": macs_training,
         "latency_ms": latency_ms,
     }
+
+
+def layers(sparse: Account, slim: Account) -> list[dict[str, Any]]:
+    """One row per layer: its weight's shape, density and MACs at full width, and in the slim one.
+
+    Args:
+        sparse: Of the full-width network.
+        slim: Of the same network after the cut.
+    """
+    after = {layer.name: layer for layer in slim.layers}
+    return [
+        {
+            "layer": layer.name,
+            "kind": layer.kind,
+            "shape": list(layer.shape),
+            "slim_shape": list(after[layer.name].shape),
+            "density": layer.density,
+            "slim_density": after[layer.name].density,
+            "macs_executed": layer.macs_executed,
+            "slim_macs_executed": after[layer.name].macs_executed,
+        }
+        for layer in sparse.layers
+    ]
 
 
 def topology(history: History) -> dict[str, Any]:

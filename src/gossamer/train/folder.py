@@ -1,12 +1,16 @@
 """The run folder: what a run writes, where, and when it may.
 
 config.yaml          repeats the run
+latency.json         what gossamer.latency measured before training, where the method asked for it
 metrics.csv          one row per epoch (metrics-dense.csv: the dense twin's)
 layers.csv           one row per epoch and sparse layer, of the sparse network
+tensorboard/         the columns of metrics.csv for TensorBoard, where the run was told to
 checkpoints/         sparse.ckpt, dense.ckpt: resumable, after every epoch
 model.safetensors    the slim model, with the plan that cuts the full-width class to it
 summary.json         the figures; written last
 report.md            the figures, to read
+report.html          the figures, to look at (gossamer report)
+analysis.*           what training did to the channels (gossamer analyze)
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ __all__ = ["CHECKPOINTS", "CONFIG", "RunFolder"]
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+_LATER = ("report.html", "analysis.json", "analysis.md", "analysis.svg")  # made of a run
 
 
 class RunFolder:
@@ -33,10 +38,14 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / CONFIG
+        self.latency = path / "latency.json"
         self.model = path / "model.safetensors"
         self.summary = path / "summary.json"
         self.report = path / "report.md"
+        self.page = path / "report.html"
         self.layers = path / "layers.csv"
+        self.analysis = path / "analysis.json"
+        self.tensorboard = path / "tensorboard"
 
     def metrics(self, network: str) -> Path:
         """CSV of the "sparse" or the "dense" network's epochs."""
@@ -48,9 +57,11 @@ class RunFolder:
 
     def existing(self) -> list[Path]:
         """What a run has written here so far."""
-        files = [self.config, self.model, self.summary, self.report, self.layers]
+        files = [self.config, self.latency, self.model, self.summary, self.report, self.layers]
         files += [self.metrics(network) for network in ("sparse", "dense")]
-        return [path for path in (*files, self.path / CHECKPOINTS) if path.exists()]
+        files += [self.path / name for name in _LATER]
+        folders = [self.path / CHECKPOINTS, self.tensorboard]
+        return [path for path in (*files, *folders) if path.exists()]
 
     def clear(self) -> None:
         """Remove what a run has written here, and nothing else."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from gossamer.shrink.file import write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["figure", "write_svg"]
+__all__ = ["figure", "svg", "write_svg"]
 
 
 def figure(width: float, height: float) -> Figure:
@@ -20,13 +21,17 @@ def figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def write_svg(path: Path, drawing: Figure) -> None:
-    """Write the drawing. Raises OSError, with what was at `path` still there."""
+def svg(drawing: Figure) -> str:
+    """The drawing as SVG, with ids and text that do not change from run to run."""
     import matplotlib
 
-    # Ids and text that do not change from run to run.
+    text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "gossamer", "svg.fonttype": "none"}):
-        write_whole(
-            path,
-            lambda temporary: drawing.savefig(temporary, format="svg", metadata={"Date": None}),
-        )
+        drawing.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
+def write_svg(path: Path, drawing: Figure) -> None:
+    """Write the drawing. Raises OSError, with what was at `path` still there."""
+    text = svg(drawing)
+    write_whole(path, lambda temporary: temporary.write_text(text))

@@ -8,8 +8,6 @@ from typing import Any
 
 import yaml
 
-from gossamer.measure.macs import Account
-
 __all__ = [
     "HEADER",
     "LEGEND",
@@ -19,6 +17,7 @@ __all__ = [
     "moves",
     "notes",
     "rows",
+    "statement",
     "table",
     "untouched",
 ]
@@ -106,6 +105,20 @@ def notes(summary: Mapping[str, Any]) -> str:
         f"Slim and sparse differ by at most {slim['max_abs_difference']:.3g} on the validation "
         f"images (largest output {slim['output_scale']:.3g})."
     )
+    for row in summary["budgets"].values():
+        unit = row["unit"]
+        limit, dense, measured, predicted = (
+            f"{row[key]:,.4g}" if unit == "ms" else f"{row[key]:,.0f}"
+            for key in ("budget", "dense", "measured", "predicted")
+        )
+        share = row["measured"] / row["budget"]
+        text += (
+            f"\nBudget of {limit} {unit} ({row['budget'] / row['dense']:.3f} of dense, {dense}): "
+            f"{'met' if share <= 1 else 'missed'} with {measured}, {share:.3f} of it "
+            f"(predicted {predicted})."
+        )
+    for refused in summary["refused"]:
+        text += f"\nNot cut, it would have been slower: {refused}."
     if "not_cut" in slim:
         text += f"\nNothing was cut: {slim['not_cut']}."
     if "dense" not in summary:
@@ -161,6 +174,16 @@ def untouched(summary: Mapping[str, Any], most: int | None = None) -> str:
     return "\n".join(lines)
 
 
+def statement(found: Mapping[str, Any]) -> str:
+    """The sentence to take away from what `gossamer analyze` has found."""
+    held = found["held"]
+    return (
+        f"In this network the sparsest {held['channels']:.0%} of each layer's channels hold "
+        f"{held['weights']:.0%} of the weights; at random places they would hold "
+        f"{held['random']:.0%}."
+    )
+
+
 def loading(summary: Mapping[str, Any], file: str) -> str:
     """Three lines of Python that load the slim model."""
     model = summary["model"]
@@ -176,23 +199,19 @@ def loading(summary: Mapping[str, Any], file: str) -> str:
     )
 
 
-def markdown(
-    summary: Mapping[str, Any], settings: Mapping[str, Any], sparse: Account, slim: Account
-) -> str:
+def markdown(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """report.md: the comparison, what its words mean, the layers, the conditions, the settings."""
     machine, conditions = summary["machine"], summary["latency"]
     where = machine["gpu"] or machine["cpu"]
-    after = {layer.name: layer for layer in slim.layers}
     layers = [("layer", "shape", "slim shape", "density in slim", "MACs executed, slim / full")]
-    for layer in sparse.layers:
-        small = after[layer.name]
+    for row in summary["layers"]:
         layers.append(
             (
-                layer.name,
-                "x".join(map(str, layer.shape)),
-                "x".join(map(str, small.shape)),
-                f"{small.density:.4f}",
-                f"{small.macs_executed / layer.macs_executed:.3f}",
+                row["layer"],
+                "x".join(map(str, row["shape"])),
+                "x".join(map(str, row["slim_shape"])),
+                f"{row['slim_density']:.4f}",
+                f"{row['slim_macs_executed'] / row['macs_executed']:.3f}",
             )
         )
     shown = yaml.safe_dump(dict(settings), sort_keys=False)

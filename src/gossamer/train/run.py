@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import gossamer
 from gossamer.control import Targeted
 from gossamer.forecast import forecast, forecastable
+from gossamer.latency import LatencyTable, Readings
 from gossamer.measure.latency import compare_latency
 from gossamer.measure.macs import account
 from gossamer.method import Method
@@ -33,17 +34,19 @@ from gossamer.train.config import (
 from gossamer.train.data import Batches, Split, load_data
 from gossamer.train.engine import History, Row, Watcher, fit, make_optimizer, rate
 from gossamer.train.figures import (
-    LATENCY_BATCH,
     Delivered,
     accuracy,
     deliver,
     figures,
+    layers,
     logits,
     topology,
 )
 from gossamer.train.folder import RunFolder
 from gossamer.train.models import build_model
 from gossamer.train.report import markdown
+from gossamer.train.source import Architecture
+from gossamer.train.tensorboard import TensorBoard
 from gossamer.train.work import Work
 
 __all__ = ["Restored", "restore", "train"]
@@ -84,8 +87,11 @@ def train(
             f"{folder.path} holds a run already ({folder.existing()[0].name}): --resume goes on "
             "with it, --overwrite throws it away, --out chooses another folder"
         )
+    watcher = watcher or _Silent()
+    if config.tensorboard:
+        watcher = TensorBoard(folder.tensorboard, watcher)
     with _threads(config.threads):
-        return _Run(config, method, folder, watcher or _Silent(), resume, overwrite).go()
+        return _Run(config, method, folder, watcher, resume, overwrite).go()
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,7 @@ class _Run:
         self.val = self._batches(self.data.val)
         self.test = self._batches(self.data.test)
         self.example = next(iter(self.val))[0][:2].cpu()
+        self.latency = self._latency() if "latency" in method.priced_in else None
 
     def go(self) -> dict[str, Any]:
         """Train what is asked for and write everything; returns the summary."""
@@ -169,13 +176,15 @@ class _Run:
         if self.overwrite:
             folder.clear()
         folder.write_text(folder.config, to_yaml(config, self.method))
+        if self.latency is not None:
+            folder.write_json(folder.latency, self.latency.readings.to_dict())
 
         told = self._forecast(model, sparsifier)
         if told is not None:
             self.watcher.noted(f"forecast: {told}")
         history = {"sparse": self._fit("sparse", model, sparsifier)}
         delivered = deliver(sparsifier, self._model(), self.example)
-        save(folder.model, delivered.slim, delivered.plan)
+        save(folder.model, delivered.slim, delivered.plan, self._architecture().metadata())
         twin = None
         if config.baseline:
             twin = self._model()
@@ -186,10 +195,12 @@ class _Run:
             "topology": topology(history["sparse"]),
             "left_dense": sparsifier.left_dense,
             "locked": sparsifier.locked,
+            "refused": sparsifier.refused,
         }
-        sizes = {name: delivered.account(name, self.example) for name in ("sparse", "slim")}
-        text = markdown(summary, to_dict(config, self.method), sizes["sparse"], sizes["slim"])
-        folder.write_text(folder.report, text)
+        summary["budgets"] = self._budgets(sparsifier, delivered, summary["slim"])
+        sizes = [delivered.account(name, self.example) for name in ("sparse", "slim")]
+        summary["layers"] = layers(*sizes)
+        folder.write_text(folder.report, markdown(summary, to_dict(config, self.method)))
         folder.write_json(folder.summary, summary)
         return summary
 
@@ -211,8 +222,17 @@ class _Run:
             exclude=config.exclude,
             keep_channels=config.keep_channels,
             cut=config.cut,
+            latency=self.latency,
             seed=config.seed,
         )
+
+    def _latency(self) -> LatencyTable:
+        """What the network takes at any widths; a resumed run goes on with what it measured."""
+        readings = None
+        if self.resume and self.folder.latency.exists():
+            readings = Readings.from_dict(json.loads(self.folder.latency.read_text()))
+        model = self._model().to(self.device)
+        return gossamer.latency(model, self._latency_images(), readings=readings)
 
     def _forecast(self, model: nn.Module, sparsifier: Sparsifier) -> str | None:
         """What the schedule implies for thresholds, where weight decay is what raises them."""
@@ -320,6 +340,29 @@ class _Run:
             summary["slim"]["not_cut"] = delivered.note
         return summary
 
+    def _budgets(
+        self, sparsifier: Sparsifier, delivered: Delivered, slim: Mapping[str, float]
+    ) -> dict[str, dict[str, Any]]:
+        """Per budget: what the slim network was said to cost, and what it costs."""
+        found = {}
+        widths = [int(pool.live.sum()) for pool in sparsifier.pools]
+        for unit, limit in self.method.budgets.items():
+            price = sparsifier.prices[unit]
+            if unit == "latency":
+                assert self.latency is not None
+                measured = price.dense * self.latency.compare(delivered.slim.to(self.device))
+                delivered.slim.cpu()
+            else:
+                measured = slim["macs_executed" if unit == "macs" else "bytes_on_disk"]
+            found[unit] = {
+                "unit": price.unit,
+                "budget": limit,
+                "dense": price.dense,
+                "predicted": price(widths),
+                "measured": measured,
+            }
+        return found
+
     def _about_data(self) -> dict[str, Any]:
         data = self.data
         return {
@@ -331,6 +374,15 @@ class _Run:
             "mean": data.mean.tolist(),
             "std": data.std.tolist(),
         }
+
+    def _architecture(self) -> Architecture:
+        return Architecture(
+            name=self.config.model,
+            num_classes=self.data.num_classes,
+            in_shape=self.data.in_shape,
+            width=self.config.width,
+            data=self.data.name,
+        )
 
     def _model(self) -> nn.Module:
         """The network as training starts from it: the same each time."""
@@ -365,7 +417,7 @@ class _Run:
         )
 
     def _latency_images(self) -> Tensor:
-        images = torch.cat([images for images, _ in self.test])[:LATENCY_BATCH]
+        images = torch.cat([images for images, _ in self.test])[: self.config.latency_batch]
         memory = torch.channels_last if self.config.channels_last else torch.contiguous_format
         return images.contiguous(memory_format=memory)
 

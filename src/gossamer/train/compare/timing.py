@@ -22,7 +22,6 @@ from torch import nn
 from gossamer.measure.latency import compare_latency
 from gossamer.shrink.file import load
 from gossamer.train.compare.grid import DENSE, Cell
-from gossamer.train.figures import LATENCY_BATCH
 from gossamer.train.models import build_model
 
 __all__ = ["dense_ratio", "stored", "time_cells"]
@@ -88,7 +87,8 @@ def time_cells(cells: Sequence[Cell], threads: int) -> dict[str, Any]:
         return placed
 
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(LATENCY_BATCH, *summary["model"]["in_shape"], generator=generator)
+    shape = (summary["latency"]["batch"], *summary["model"]["in_shape"])
+    images = torch.randn(shape, generator=generator)
     images = images.to(device, memory_format=layout)
     dense = ready(network())
     found: dict[str, Mapping[str, Any]] = {}
