@@ -346,6 +346,12 @@ class Sparsifier:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        for name, inner in vars(optimizer).items():
+            if isinstance(inner, torch.optim.Optimizer) and inner.state is not optimizer.state:
+                raise ValueError(
+                    f"{type(optimizer).__name__} remembers momentum and the like in .{name}, which "
+                    f"step() must clear and cut: call step(optimizer.{name})"
+                )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for site in self.sites:
             for name, parameter in (("weight", site.weight), *site.sparse.named_parameters()):
