@@ -78,7 +78,9 @@ class SparsifyCallback(Callback):
                     f"{type(pl_module).__name__} does not hold the weight of {site.name}: make the "
                     "Sparsifier on the network inside this module"
                 )
-        cuts = self.sparsifier.method.needs_graph and self.sparsifier.state_dict()["cut"] == "during"
+        cuts = (
+            self.sparsifier.method.needs_graph and self.sparsifier.state_dict()["cut"] == "during"
+        )
         if trainer.world_size > 1 and cuts:
             raise ValueError(
                 f"{trainer.world_size} processes share gradients by the widths they started with: "
