@@ -365,8 +365,10 @@ class LeavesTorch(nn.Module):
         return torch.from_numpy(x.numpy())
 
 
-def test_an_untraceable_model_names_the_module() -> None:
-    class Untraceable(ConvFlattenLinear):
+def test_channels_that_leave_torch_stay() -> None:
+    """What numpy does with them nobody can follow."""
+
+    class Leaves(ConvFlattenLinear):
         def __init__(self) -> None:
             super().__init__()
             self.odd = nn.Sequential(nn.ReLU(), LeavesTorch())
@@ -374,13 +376,32 @@ def test_an_untraceable_model_names_the_module() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(self.odd(self.conv1(x)[:, :3]))
 
+    shrunk = gossamer.shrink(Leaves().double(), images(2))
+    rows = {row.layer: row for row in shrunk.report}
+    assert any(row.note.startswith("kept: ") for name, row in rows.items() if "conv1" in name)
+    assert shrunk.removed == 0
+
+
+def test_a_model_that_fails_on_the_example_names_the_module() -> None:
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("no such kernel")
+
+    class Untraceable(ConvFlattenLinear):
+        def __init__(self) -> None:
+            super().__init__()
+            self.odd = nn.Sequential(nn.ReLU(), Fails())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.odd(x))
+
     for act in (
         lambda model: gossamer.Sparsifier(model, _chase(), total_steps=100, example=images(2)),
         lambda model: gossamer.shrink(model, images(2)),
     ):
         with pytest.raises(ValueError, match=r"'odd\.1'") as error:
             act(Untraceable().double())
-        _says(error, "cannot be traced", "numpy")
+        _says(error, "cannot be traced", "no such kernel")
 
 
 # In the loop

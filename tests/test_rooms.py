@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exploration": {"ops"},
     "removal": {"widths"},
     "methods": PURE | CORE | {"channels", "control", "exploration", "forecast", "removal"},
-    "shrink": {"channels", "example", "shrink"},
+    "shrink": {"channels", "example", "shrink", "widths"},
     "bake": {"sparse_weight"},
     "measure": PURE | {"measure"},
     "export": PURE | {"measure", "shrink", "export"},  # shrink: model files, written whole

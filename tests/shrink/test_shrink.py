@@ -141,6 +141,25 @@ def test_all_channels_dead_but_one(name: str) -> None:
     _check(model, gossamer.Shrunk(fresh, shrunk.plan, shrunk.report, 0.0))
 
 
+def test_widths_that_hardware_likes() -> None:
+    """Dead channels stay where a width would be odd without them."""
+    model = net("vgg")
+    dead = {"features.0": 3, "features.3": 9, "features.7": 17, "features.10": 1}
+    for producer, count in dead.items():
+        _columns(model, READERS["vgg"][producer].layer, list(range(count)))
+    shrunk = gossamer.shrink(model, images(3), multiple=4)
+    assert {name: _widths(shrunk)[name] for name in dead} == {
+        "features.0": 12,  # 9 are read, of 12
+        "features.3": 8,  # 7 of 16
+        "features.7": 4,  # 3 of 20
+        "features.10": 20,  # 19 of 20
+    }
+    _check(model, shrunk)
+    assert gossamer.shrink(shrunk.model, images(3), multiple=4).removed == 0
+    with pytest.raises(ValueError, match="multiple=0"):
+        gossamer.shrink(model, images(3), multiple=0)
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_nothing_to_cut(name: str) -> None:
     model = net(name)

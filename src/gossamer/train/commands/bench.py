@@ -33,9 +33,7 @@ compared with. --predict needs no training: channels of a dense network are cut 
 
 _WORST = 3  # layers named in the statement
 _BLOCK = 8  # kernels work in blocks of so many channels
-_BLOCK_OF_HALF = (
-    16  # and in bfloat16 on processors with matrix units: 24 channels take as long as 32
-)
+_BLOCK_OF_HALF = 16  # and of so many in matrix units: there 24 channels take as long as 32
 _VISIBLE = 1e-3  # below this, outputs differ by the order of summation
 
 
@@ -409,8 +407,8 @@ def odd_lines(models: Mapping[str, nn.Module], example: Tensor, multiple: int) -
         if odd:
             some = ", ".join(f"{layer} ({width})" for layer, width in list(odd.items())[:_WORST])
             lines.append(
-                f"{len(odd)} layers of {name} have widths that are no multiples of {multiple}: they "
-                f"may take as long as the next multiple ({some})"
+                f"{len(odd)} layers of {name} have widths that are no multiples of {multiple}: "
+                f"they may take as long as the next multiple ({some})"
             )
     return lines
 

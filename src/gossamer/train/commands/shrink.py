@@ -33,6 +33,14 @@ def run(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
     parser = model_parser("shrink", "Cut every channel that does nothing.", _EPILOG)
     parser.add_argument("--out", metavar="FILE", required=True, help=".safetensors file to write")
+    parser.add_argument(
+        "--multiple",
+        type=int,
+        default=1,
+        metavar="N",
+        help="keep as many dead channels as make each width a multiple of N: odd widths can be "
+        "slower than wider ones (default: 1; 16 suits most hardware)",
+    )
     parser.add_argument("--json", action="store_true", help="print as JSON")
     wanted = parser.parse_args(argv)
 
@@ -41,7 +49,7 @@ def run(argv: list[str]) -> int:
 
     try:
         source = opened(wanted, batch=2)
-        slim = shrink(source.model, source.example, source.plan)
+        slim = shrink(source.model, source.example, source.plan, multiple=wanted.multiple)
         save(wanted.out, slim.model, slim.plan, source.architecture.metadata())
     except (ValueError, TypeError, OSError) as error:
         return fail(1, error)
