@@ -348,6 +348,7 @@ def tune(losses: list[float], method: gossamer.AutoSparse, stop: int | None = No
     return alphas
 
 
+@pytest.mark.slow
 def test_alpha_is_tuned_against_a_dense_loss_trace() -> None:
     dense = (2.0, 1.5, 1.0, 0.8, 0.7)
     method = gossamer.AutoSparse(alpha=0.5, dense_losses=dense, tune_end=0.1, alpha_reset=0.9)
@@ -452,6 +453,7 @@ def sparsity(name: str) -> float:
     return 100 * fmean(1 - outcome.density for outcome in outcomes(name))
 
 
+@pytest.mark.slow
 def test_masked_weights_come_back_while_alpha_lasts() -> None:
     one, other = (digits.train(NOTED[name][0], 0) for name in ("str", "0.8"))
     assert one.density + 0.04 < other.density < 0.12

@@ -6,6 +6,7 @@ Times are made up (`clocks.FakeClock`): what is decided by them is decided the s
 import copy
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -494,6 +495,19 @@ def test_a_table_that_nobody_asked_for() -> None:
     method = gossamer.Chase(channel_sparsity=0.3, **SHORT)
     with pytest.raises(ValueError, match="does not follow it"):
         gossamer.Sparsifier(model, method, total_steps=STEPS, example=images(4), latency=table)
+
+
+def test_without_a_table_latency_is_measured_on_the_example(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.modules["gossamer.latency"], "in_turns", lambda **_: FakeClock())
+    model = net("vgg")
+    dense = FakeClock().time(model, images(4))
+    method = gossamer.Chase(max_latency_ms=0.6 * dense, **SHORT)
+    sparsifier, _ = _run(model, method)
+    price = sparsifier.prices["latency"]
+    assert price.dense == pytest.approx(dense)
+    assert 0.9 * 0.6 <= price(_widths(sparsifier)) / dense <= 0.6
 
 
 def test_keep_channels_are_full_in_the_price() -> None:

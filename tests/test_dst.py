@@ -300,6 +300,7 @@ def test_alpha_decides_the_density(synthetic: Synthetic) -> None:
     assert abs(float(dead - live)) < 0.05
 
 
+@pytest.mark.slow
 def test_clamp_and_granularity(synthetic: Synthetic) -> None:
     """5.7: clamped is sparser than free, and alpha means another thing at each granularity."""
     row = synthetic.train(alpha=1e-3)[0]
@@ -816,7 +817,7 @@ def test_each_parametrization_is_evaluated_once_per_forward() -> None:
     assert len(calls) == len(sparsifier.sites)
 
 
-@pytest.mark.parametrize("name", ["lstm", "cells"])
+@pytest.mark.parametrize("name", ["lstm", pytest.param("cells", marks=pytest.mark.slow)])
 def test_recurrent_compiled(name: str) -> None:
     model, sparsifier = _recurrent(name)
     x = _sequences()[0][:, :2]

@@ -590,7 +590,7 @@ def _cumulative_sad(lam: float, n: int, m: int) -> tuple[float, float]:
     return tracker.sad_cumulative, late
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 8)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), pytest.param(1, 8, marks=pytest.mark.slow)])
 def test_cumulative_sad_falls_as_lam_rises(n: int, m: int) -> None:
     lams = (-2e-3, 0.0, 2e-3, 1e-2, 5e-2)
     moved, late = zip(*(_cumulative_sad(lam, n, m) for lam in lams), strict=True)

@@ -359,6 +359,7 @@ def test_the_first_step_warns_by_itself(
         step()  # once is enough
 
 
+@pytest.mark.slow
 def test_the_warning_is_right() -> None:
     """s_init = -100 at Lambda 1.84: 0.0 % of the weights are pruned, which half time shows."""
     with pytest.warns(UserWarning, match="no sparsity can appear in the 460 steps to come"):

@@ -489,6 +489,7 @@ def test_every_device_gives_the_same_batches(colours):
 # The shared sets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes", "in_shape", "num_classes", "mean"),
     [
