@@ -36,7 +36,7 @@ T = TypeVar("T")
 _STATE_FORMAT = 1
 # A latency is predicted, measured, and predicted better, until both agree, but not for ever.
 _NOISE = 0.02  # by which two measurements of one network differ
-_TIMES_MEASURED = 4
+_TIMES_MEASURED = 6
 
 # These update every element from its own gradient and state alone: where weight, gradient and
 # state are zero they stay zero. After any other optimizer the masks are applied again.
