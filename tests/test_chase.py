@@ -847,9 +847,9 @@ def _equal(one, other) -> bool:
 # Removals of this run are at 2, 6, 10, ..., 48 and updates at 4, 8, ..., 60.
 STOPS = {
     ("vgg", "sgd", "during"): [1, 2, 3, 4, 9, 10, 21, 47, 48, 55, 56],
-    ("mobilenet", "adamw", "during"): [9, 10],
-    ("conv_flatten_linear", "rmsprop", "during"): [1, 4, 47],
-    ("bottleneck", "adam", "end"): [10, 48],
+    ("mobilenet", "adamw", "during"): [9, 10, 12, 48],
+    ("conv_flatten_linear", "rmsprop", "during"): [1, 2, 4, 47, 50],
+    ("bottleneck", "adam", "end"): [10, 12, 48],
     ("mobilenetv2", "sgd", "during"): [9, 10],
     ("densenet", "adamw", "during"): [9, 10],
 }

@@ -85,6 +85,44 @@ def test_tensors_that_share_memory(tmp_path: Path) -> None:
     assert fresh.out.weight is fresh.embed.weight
 
 
+@pytest.mark.slow
+def test_a_fresh_process_needs_only_the_users_class(tmp_path: Path) -> None:
+    """No method, no example, no Sparsifier, and nothing pickled."""
+    slim = _slim()
+    gossamer.save(tmp_path / "model.safetensors", slim.model, slim.plan)
+    x = images(4)
+    torch.save({"x": x, "expected": evaluate(slim.model, x)}, tmp_path / "check.pt")
+    source = Path(__file__).parent.parent / "nets.py"
+    code = source.read_text()
+    start = code.index("def _conv_bn")
+    user = code[start : code.index("class BasicBlock")]
+    (tmp_path / "mine.py").write_text(
+        "from collections.abc import Sequence\n"
+        "import torch\nfrom torch import Tensor, nn\nCLASSES = 4\n\n\n" + user
+    )
+    script = """
+        import torch
+        import gossamer
+        from mine import Vgg
+        check = torch.load("check.pt", weights_only=True)
+        model = gossamer.load("model.safetensors", Vgg().double()).eval()
+        with torch.no_grad():
+            assert torch.equal(model(check["x"]), check["expected"])
+        print(sum(p.numel() for p in model.parameters()))
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == sum(p.numel() for p in slim.model.parameters())
+
+
 # Damage
 
 
