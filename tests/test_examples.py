@@ -55,7 +55,30 @@ def ends_alike(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def test_all_are_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == TESTED.keys()
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*TESTED, "distributed_loop"}
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_distributed_loop(engine: str, tmp_path: Path) -> None:
+    script = str(EXAMPLES / "distributed_loop.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ends = []
+    for resume in ([], ["--resume"]):
+        done = subprocess.run(
+            [*command, script, "--engine", engine, *resume],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        ends.append(load_file(tmp_path / "slim.safetensors"))
+        assert "accuracy" in done.stdout
+    assert "epoch 0" not in done.stdout
+    assert ends[0]["0.weight"].shape[0] < 256
+    for key, tensor in ends[0].items():
+        assert torch.equal(ends[1][key], tensor), key
 
 
 def test_plain_loop(

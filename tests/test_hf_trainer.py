@@ -584,3 +584,22 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "gossamer_plan.json").write_text("{")
     with pytest.raises(ValueError, match="the plan is not JSON"):
         load_pretrained(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_names_the_layer(tmp_path):
+    model = bert()
+    dense = model.bert.encoder.layer[1].intermediate.dense
+    seen = []
+
+    def overflow(module, inputs, output):
+        seen.append(output)
+        return output * float("inf") if len(seen) > 3 else output
+
+    dense.register_forward_hook(overflow)
+    runner = trainer(tmp_path, model, SparsifyCallback(sparse(model, STATIC)), kind=SparseTrainer)
+    with pytest.raises(
+        FloatingPointError,
+        match=r"step 3 is nan: bert.encoder.layer.1.intermediate.dense \(Linear\) is the first",
+    ):
+        runner.train()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -12,14 +12,16 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "gossamer"
 
 # Rooms from the bottom up; a module imports only rooms below its own (and, where `own`, its own).
-PURE = {"ops", "surrogates", "schedules", "allocation", "example", "widths"}
+PURE = {"sharding", "ops", "surrogates", "schedules", "allocation", "example", "reading", "widths"}
 CORE = {"site", "sparse_weight", "method"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "ops": set(),
+    "sharding": set(),
+    "ops": {"sharding"},
     "surrogates": set(),
     "schedules": set(),
     "allocation": set(),
     "example": set(),
+    "reading": set(),
     "widths": set(),
     "provenance": {"example"},
     "channels": {"example", "provenance"},
@@ -28,20 +30,28 @@ MAY_IMPORT: dict[str, set[str]] = {
     "method": PURE | {"channels", "sparse_weight", "site"},
     "control": PURE | CORE,
     "forecast": PURE | CORE,
-    "exploration": {"ops"},
+    "collapse": PURE | CORE | {"exploration"},
+    "finite": set(),
+    "exploration": {"ops", "sharding"},
+    "parallel": {"sharding", "site"},
     "removal": {"widths"},
     "methods": PURE | CORE | {"channels", "control", "exploration", "forecast", "removal"},
-    "shrink": {"channels", "example", "shrink", "widths"},
-    "bake": {"sparse_weight"},
-    "measure": PURE | {"measure"},
+    "shrink": {"channels", "example", "reading", "shrink", "widths"},
+    "bake": {"sharding", "sparse_weight"},
+    "measure": PURE | {"measure", "runtime"},  # the runtime is one of the engines
+    "runtime": {"example", "reading", "runtime", "shrink"},  # plain models; shrink: files, plans
     "export": PURE | {"measure", "shrink", "export"},  # shrink: model files, written whole
     "narrow": {"channels", "example", "prices", "widths"},
     "prices": PURE | CORE | {"channels", "measure", "shrink"},
     "latency": PURE | CORE | {"channels", "measure", "prices", "shrink"},
-    "sparsifier": PURE | CORE | {"channels", "bake", "latency", "prices", "shrink"},
+    "sparsifier": PURE
+    | CORE
+    | {"channels", "collapse", "bake", "latency", "parallel", "prices", "shrink"},
     "testing": PURE | CORE | {"bake", "sparsifier"},
     "registry": PURE | CORE | {"methods"},
-    "integrations": PURE | CORE | {"bake", "integrations", "measure", "shrink", "sparsifier"},
+    "integrations": PURE
+    | CORE
+    | {"bake", "finite", "integrations", "measure", "shrink", "sparsifier"},
 }
 
 

@@ -116,6 +116,19 @@ class ChannelGroup:
         """Output rows of the first producer that the channels take."""
         return self.producers[0].index.numel() if self.producers else 0
 
+    def unit(self, block: int) -> int | None:
+        """How many neighbouring channels go together, so that every producer loses its outputs in
+        whole blocks: `block` of them, or fewer where a channel has several; None where no number
+        of channels does that.
+        """
+        for size in range(1, block + 1):
+            if self.channels % size == 0 and all(
+                _in_blocks(part.index.reshape(-1, size * part.index.shape[1]), block)
+                for part in self.producers
+            ):
+                return size
+        return None
+
     def after(self, changes: Sequence[Change]) -> ChannelGroup:
         """The group once the cuts are made together: removed channels gone, the rest renumbered."""
         if not self.slices:
@@ -142,6 +155,15 @@ class ChannelGroup:
             carriers=tuple(moved[first:last]),
             consumers=tuple(moved[last:]),
         )
+
+
+def _in_blocks(index: Tensor, block: int) -> bool:
+    """Whether every row of `index: (units, positions)` is made of whole blocks of positions."""
+    if index.shape[1] % block:
+        return False
+    blocks = index.sort(1).values.reshape(-1, block)
+    whole = blocks[:, -1] - blocks[:, 0] == block - 1  # positions are distinct
+    return bool((whole & (blocks[:, 0] % block == 0)).all())
 
 
 def find_groups(model: nn.Module, example: Example) -> list[ChannelGroup]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from gossamer.method import Method, Progress, check_range
 from gossamer.ops import kth_largest
 from gossamer.schedules import cubic
+from gossamer.sharding import Crowd, local
 from gossamer.site import Site
 from gossamer.sparse_weight import LearnedThreshold
 
@@ -58,8 +59,15 @@ class Targeted(Method):
         check_range(self, "control_interval", 1, math.inf, whole=True)
 
     def budget(self, shapes: Sequence[torch.Size]) -> list[int]:
-        """All weights: training starts dense."""
+        """All places: training starts dense."""
         return [shape.numel() for shape in shapes]
+
+    def remedy(self, progress: Progress) -> str:
+        """The target."""
+        return (
+            f"{type(self).__name__}(target_density={self.target_density}) shifts all thresholds: "
+            "ask for a higher target_density, or exclude the layer"
+        )
 
     def advance(
         self,
@@ -73,7 +81,8 @@ class Targeted(Method):
         if self.target_density is not None and (step % self.control_interval == 0 or last):
             planned = planned_density(progress.fraction, self.target_density, self.target_reached)
             learned = [_learned(site) for site in sites]
-            index = looked_at([site.weight for site in sites], step, total)
+            places = [s.weight if s.block == 1 else s.weight[:: s.block] for s in sites]
+            index = looked_at(places, step, total)
             margins = [
                 sparse.margin(site.weight, positions)
                 for sparse, site, positions in zip(learned, sites, index, strict=True)
@@ -91,15 +100,16 @@ def planned_density(fraction: float, target: float, reached: float) -> float:
 
 
 def looked_at(weights: Sequence[Tensor], step: int, total_steps: int) -> list[Tensor | None]:
-    """Positions in the flattened weights that the look after this step takes in; None for all."""
+    """Positions that the look after this step takes in, in this process's part of each weight,
+    flattened; None for all.
+    """
     stride = max(1, sum(weight.numel() for weight in weights) // _SAMPLE)
     if stride == 1 or step == total_steps:
         return [None] * len(weights)
+    counts = [local(weight).numel() for weight in weights]
     return [
-        torch.arange(
-            step % min(stride, weight.numel()), weight.numel(), stride, device=weight.device
-        )
-        for weight in weights
+        torch.arange(step % max(1, min(stride, count)), count, stride, device=weight.device)
+        for weight, count in zip(weights, counts, strict=True)
     ]
 
 
@@ -121,7 +131,7 @@ def threshold_shifts(margins: Sequence[Tensor], density: float) -> list[float]:
     while free:
         left = max(count - sum(floors) + sum(floors[layer] for layer in free), 0)
         shift = _shift([margins[layer] for layer in free], left)
-        above = torch.stack([(margins[layer] > shift).sum() for layer in free]).tolist()
+        above = Crowd(margins).counts([margins[layer] > shift for layer in free])
         for layer in free:
             shifts[layer] = shift
         short = [layer for layer, kept in zip(free, above, strict=True) if kept < floors[layer]]
@@ -151,10 +161,10 @@ def _learned(site: Site) -> LearnedThreshold:
 
 
 def _warn_if_missed(name: str, sites: Sequence[Site], target: float) -> None:
-    """Warn when a run has ended more than 1 % off its target density (and more than 3 weights)."""
+    """Warn when a run has ended more than 1 % off its target density (and more than 3 places)."""
     kept = sum(site.nonzeros for site in sites)
     total = sum(site.weight.numel() for site in sites)
-    if abs(kept - target * total) > max(0.01 * target * total, 3):
+    if abs(kept - target * total) > max(0.01 * target * total, 3 * sites[0].block):
         warnings.warn(
             f"{name}: target_density={target} was asked for, and training ends at "
             f"{kept / total:.4g}: weights have outgrown what thresholds can reach. Give the "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gossamer.ops import keep_largest
+from gossamer.sharding import Crowd, placed
 
 __all__ = [
     "SCOPES",
@@ -103,7 +104,8 @@ def grow_largest(
 
 def random_scores(tensors: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
     """Uniform numbers in [0, 1) of the tensors' shapes: the same on every device and rank."""
-    return [torch.rand(tensor.shape, generator=generator).to(tensor.device) for tensor in tensors]
+    drawn = (torch.rand(tensor.shape, generator=generator).to(tensor.device) for tensor in tensors)
+    return [placed(numbers, like=tensor) for numbers, tensor in zip(drawn, tensors, strict=True)]
 
 
 def share(fraction: float, active: Sequence[int], scope: str) -> Count:
@@ -117,8 +119,7 @@ def share(fraction: float, active: Sequence[int], scope: str) -> Count:
 
 def sizes(masks: Sequence[Tensor]) -> list[int]:
     """How many places of each mask are True."""
-    counts: list[int] = torch.stack([mask.count_nonzero() for mask in masks]).tolist()
-    return counts
+    return Crowd(masks).counts(masks)
 
 
 def update_steps(interval: int | None, t_end: float, total_steps: int) -> range:

@@ -21,6 +21,7 @@ import torch
 
 from gossamer.method import Progress
 from gossamer.ops import kth_largest
+from gossamer.sharding import whole
 from gossamer.site import Site
 from gossamer.sparse_weight import SoftThreshold
 
@@ -199,12 +200,12 @@ def _predict(sites: Sequence[Site], decay_sum: float) -> Forecast:
 
     def sparsity(factor: float) -> float:
         within = (
-            (magnitude <= (sparse.s * factor).sigmoid()).count_nonzero()
+            whole((magnitude <= (sparse.s * factor).sigmoid()).count_nonzero())
             for magnitude, sparse in zip(magnitudes, soft, strict=True)
         )
         return sum(int(count) for count in within) / total
 
-    s_start = float(torch.cat([sparse.s.flatten() for sparse in soft]).mean())
+    s_start = float(torch.cat([whole(sparse.s).flatten() for sparse in soft]).mean())
     return Forecast(
         decay_sum=decay_sum,
         s_start=s_start,

@@ -14,9 +14,10 @@ channels take as long as 48.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from statistics import median
 from typing import Any
 
@@ -39,6 +40,7 @@ from gossamer.measure.layer_times import (
 from gossamer.measure.macs import align
 from gossamer.method import Price
 from gossamer.prices import Macs, affine, cut_to
+from gossamer.reading import reading, short
 from gossamer.shrink.verify import probe, try_cuts
 from gossamer.widths import block, steps
 
@@ -116,7 +118,8 @@ class Readings:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Readings:
         """What `to_dict` returned. Raises ValueError when `data` is anything else."""
-        try:
+        what = "these are no readings of gossamer.latency: the data"
+        with reading(what, "pass what Readings.to_dict() returned"):
             surfaces = tuple(
                 Surface(
                     tuple(map(int, row["c_in"])),
@@ -126,12 +129,17 @@ class Readings:
                 for row in data["surfaces"]
             )
             whole = tuple(map(float, data["whole"]))
+            for surface in surfaces:
+                for widths in (surface.c_in, surface.c_out):
+                    if not widths or any(a >= b for a, b in pairwise((0, *widths))):
+                        raise ValueError(f"widths {short(widths)}, wanted ascending ones above 0")
+                if [len(line) for line in surface.ms] != [len(surface.c_out)] * len(surface.c_in):
+                    raise ValueError("times of a layer that are not one for each of its widths")
+            times = [ms for surface in surfaces for line in surface.ms for ms in line]
+            slowest = max(*times, *whole)
+            if not all(ms >= 0 for ms in times) or min(whole) <= 0 or not slowest < math.inf:
+                raise ValueError("times that are not above 0 and finite")
             return cls(surfaces=surfaces, whole=whole, conditions=dict(data["conditions"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"these are no readings of gossamer.latency ({type(error).__name__}: {error}): "
-                "pass what Readings.to_dict() returned"
-            ) from error
 
 
 class LatencyTable:
@@ -415,10 +423,12 @@ class Milliseconds(Price):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state_dict` returned."""
-        self.table = self.table.with_readings(Readings.from_dict(state["readings"]))
-        self._recent = [float(factor) for factor in state["recent"]]
-        self.measured = float(state["measured"])
-        self._known = {}
+        table = self.table.with_readings(Readings.from_dict(state["readings"]))
+        recent = [float(factor) for factor in state["recent"]]
+        measured = float(state["measured"])
+        if not all(0 < number < math.inf for number in (*recent, measured)):
+            raise ValueError("times that are not above 0 and finite")
+        self.table, self._recent, self.measured, self._known = table, recent, measured, {}
 
     def _all(self, widths: Sequence[int]) -> list[int]:
         everything = [group.channels for group in self.table.groups]

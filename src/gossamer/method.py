@@ -67,8 +67,9 @@ class Cost(NamedTuple):
 
 
 class SupportChange(NamedTuple):
-    """New support of one site: `kept | grown`. Whatever is not kept starts at zero, with its
-    optimizer state cleared, also when it is dropped and grown in the same update.
+    """New support of one site, as bools over its places: `kept | grown`. Whatever is not kept
+    starts at zero, with its optimizer state cleared, also when it is dropped and grown in the same
+    update.
     """
 
     kept: Tensor
@@ -102,13 +103,24 @@ class Method(ABC):
     def cost(self) -> Cost:
         """What the method costs in each product of a training step."""
 
+    @property
+    def block(self) -> int:
+        """Consecutive outputs that are kept or pruned together, at one input and kernel position:
+        what the method selects is such a place. 1: a place is a weight.
+        """
+        return 1
+
     @abstractmethod
     def budget(self, shapes: Sequence[torch.Size]) -> list[int]:
-        """Weights on the support of each site at the start, given all sites' shapes."""
+        """Places on the support of each site at the start, given the shapes of all sites' places:
+        `(out / block, in, *kernel)`.
+        """
 
     @abstractmethod
     def attach(self, weight: nn.Parameter, count: int, generator: torch.Generator) -> SparseWeight:
-        """The SparseWeight of one site: `weight: (out, in, *kernel)`, `count` on the support."""
+        """The SparseWeight of one site: `weight: (out, in, *kernel)`, `count` places on the
+        support.
+        """
 
     def unfit(self, place: Place) -> str | None:
         """Why the method leaves the weight at `place` dense; None when it can make it sparse."""
@@ -204,6 +216,17 @@ class Method(ABC):
     def recurrent(self) -> bool:
         """Whether the matrices of recurrent layers can be sparse, each as a site of its own."""
         return False
+
+    def remedy(self, progress: Progress) -> str:
+        """What empties layers at this step, and what to change: said when one collapses."""
+        settings, name = self.to_dict(), type(self).__name__
+        asked = f"density={settings.get('density')}"
+        if settings.get("scope") == "global":
+            return (
+                f'{name}(scope="global", {asked}) ranks the weights of all layers together: '
+                'scope="layer" gives each its share; or ask for a higher density'
+            )
+        return f"{name}({asked}) leaves it too few: ask for a higher density, or exclude the layer"
 
     def to_dict(self) -> dict[str, Any]:
         """Name and hyperparameters, as plain data."""

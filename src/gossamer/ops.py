@@ -1,7 +1,9 @@
 """Pure functions of tensors that the methods are composed of.
 
 Selection is exact and global: the k largest scores over many tensors, without concatenating them,
-ties broken by (tensor, index). Equal inputs therefore give equal masks on every rank.
+ties broken by (tensor, index). Equal inputs therefore give equal masks on every rank. Tensors may
+be sharded over processes (DTensors), and then masks are sharded alike; samples and counts are all
+that the processes exchange.
 """
 
 from __future__ import annotations
@@ -13,17 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.sharding import Crowd, is_sharded, like_local, local
+
 __all__ = [
     "channel_magnitude",
     "keep_largest",
     "kth_largest",
     "n_of_m",
+    "pooled",
     "random_mask",
+    "spread",
     "straight_through",
 ]
 
 _SMALL = 1 << 16  # below this, one concatenated `kthvalue` is faster than sampling
 _SAMPLE = 1 << 17  # a bracket of +-5 sigma from 131072 samples holds about 1 % of the values
+_SENT = 1 << 14  # samples that processes exchange; the bracket holds 3 %, and is searched again
 _SIGMAS = 5.0
 
 
@@ -40,35 +47,37 @@ def keep_largest(
     Raises:
         ValueError: `k` out of range, or a score that is NaN.
     """
-    if among is not None:
-        among = [_in_format_of(score, mask) for score, mask in zip(scores, among, strict=True)]
-    candidates = sum(score.numel() for score in scores) if among is None else _total(among)
-    if not 0 <= k <= candidates:
-        raise ValueError(
-            f"cannot keep {k} of {candidates} candidates: k must be in [0, candidates]"
-        )
+    crowd = Crowd(scores)
+    total = _candidates(scores, among, crowd)
+    if not 0 <= k <= total:
+        raise ValueError(f"cannot keep {k} of {total} candidates: k must be in [0, candidates]")
     if k == 0:
         return [torch.zeros_like(score, dtype=torch.bool) for score in scores]
-    if k == candidates:
+    if k == total:
         if among is None:
             return [torch.ones_like(score, dtype=torch.bool) for score in scores]
         return [mask.clone() for mask in among]
 
+    parts = [local(score) for score in scores]
     threshold = kth_largest(scores, k, among)
-    masks = [score >= threshold for score in scores]
+    masks = [part >= threshold for part in parts]
     if among is not None:
-        masks = [mask.logical_and_(allowed) for mask, allowed in zip(masks, among, strict=True)]
-    surplus = _total(masks) - k
+        for part, mask, allowed in zip(parts, masks, among, strict=True):
+            mask.logical_and_(_in_format_of(part, local(allowed)))
+    whole = [like_local(mask, score) for mask, score in zip(masks, scores, strict=True)]
+    surplus = sum(crowd.counts(whole)) - k
     if surplus == 0:
-        return masks
+        return whole
     # The threshold falls among equal scores: those of the highest index go.
-    for mask, score in zip(reversed(masks), reversed(scores), strict=True):
-        ties = (mask & (score == threshold)).flatten().nonzero().squeeze(1)
-        ties = ties[max(0, len(ties) - surplus) :]
-        mask[torch.unravel_index(ties, mask.shape)] = False
-        surplus -= len(ties)
+    ties = [mask & (part == threshold) for mask, part in zip(masks, parts, strict=True)]
+    counted = crowd.before([tie.count_nonzero() for tie in ties], scores)
+    for mask, tie, (before, count) in reversed(list(zip(masks, ties, counted, strict=True))):
+        gone = min(count, surplus)
+        index = tie.flatten().nonzero().squeeze(1)[max(0, count - gone - before) :]
+        mask[torch.unravel_index(index, mask.shape)] = False
+        surplus -= gone
     assert surplus == 0
-    return masks
+    return whole
 
 
 def kth_largest(tensors: Sequence[Tensor], k: int, among: Sequence[Tensor] | None = None) -> float:
@@ -76,21 +85,31 @@ def kth_largest(tensors: Sequence[Tensor], k: int, among: Sequence[Tensor] | Non
 
     A sample brackets the value; one pass counts what lies above the bracket, and only what lies
     inside is ranked. A mass of equal values (exact zeros, say) at an edge of the bracket is
-    counted, never ranked. `among` as in `keep_largest`, in the memory format of the tensors.
-    Raises ValueError on NaN.
+    counted, never ranked. `among` as in `keep_largest`. Raises ValueError on NaN.
     """
-    flats = [_flat(tensor) for tensor in tensors]
-    allowed = [None] * len(flats) if among is None else [_flat(mask) for mask in among]
-    pairs = list(zip(flats, allowed, strict=True))
-    total = sum(len(flat) for flat in flats) if among is None else _total(among)
+    crowd = Crowd(tensors)
+    total = _candidates(tensors, among, crowd)
     assert 1 <= k <= total, (k, total)
-    if any(bool(flat.amax().isnan()) for flat in flats if len(flat)):
+    parts = crowd.parts(tensors)
+    allowed: list[Tensor | None] = [None] * len(parts)
+    if among is not None:
+        masks = crowd.parts(among)
+        allowed = [_flat(_in_format_of(*pair)) for pair in zip(parts, masks, strict=True)]
+    pairs = list(zip(map(_flat, parts), allowed, strict=True))
+    if _sum([flat.amax().isnan() for flat, _ in pairs if len(flat)], pairs, crowd):
         raise ValueError("scores contain NaN: look at the loss and the learning rate")
-    size = sum(len(flat) for flat in flats)
-    if size <= _SMALL:
-        return _rank(_sample(pairs, 1), k)
+    return _kth(pairs, k, total, crowd)
 
-    sample = _sample(pairs, max(1, size // _SAMPLE))
+
+_Pairs = Sequence[tuple[Tensor, Tensor | None]]
+
+
+def _kth(pairs: _Pairs, k: int, total: int, crowd: Crowd) -> float:
+    size = crowd.total(sum(len(flat) for flat, _ in pairs), pairs[0][0].device)
+    if size <= _SMALL:
+        return _rank(_sample(pairs, 1, crowd), k)
+
+    sample = _sample(pairs, max(1, size // (_SAMPLE if crowd.alone else _SENT)), crowd)
     share = k / total
     center = share * len(sample)
     margin = _SIGMAS * math.sqrt(len(sample) * share * (1 - share)) + 2
@@ -98,46 +117,51 @@ def kth_largest(tensors: Sequence[Tensor], k: int, among: Sequence[Tensor] | Non
         upper, lower = int(center - margin), math.ceil(center + margin)
         high = _rank(sample, upper + 1) if upper >= 0 else math.inf
         low = _rank(sample, lower + 1) if lower < len(sample) else -math.inf
-        found = _inside(pairs, k, low, high)
+        found = _inside(pairs, k, low, high, crowd)
         if found is not None:
             return found
         margin *= 8  # the stride met a pattern in the data; look wider
-    return _rank(_sample(pairs, 1), k)
+    return _rank(_sample(pairs, 1, crowd), k)
 
 
-_Pairs = Sequence[tuple[Tensor, Tensor | None]]
-
-
-def _inside(pairs: _Pairs, k: int, low: float, high: float) -> float | None:
+def _inside(pairs: _Pairs, k: int, low: float, high: float, crowd: Crowd) -> float | None:
     """The k-th largest value if it lies in [low, high], else None."""
-    reach_high = _count(pairs, lambda flat: flat >= high)
+    reach_high = _count(pairs, lambda flat: flat >= high, crowd)
     if k <= reach_high:
-        return high if k > _count(pairs, lambda flat: flat > high) else None
+        return high if k > _count(pairs, lambda flat: flat > high, crowd) else None
     inner = torch.cat(
         [flat[_both((flat > low).logical_and_(flat < high), allowed)] for flat, allowed in pairs]
     )
-    rank = k - reach_high
-    if rank <= len(inner):
-        return _rank(inner, rank)
-    return low if k <= _count(pairs, lambda flat: flat >= low) else None
+    rank, size = k - reach_high, crowd.total(len(inner), inner.device)
+    if rank <= size:
+        # What is left is ranked here, or among processes searched again until it is little to send.
+        return _rank(inner, rank) if crowd.alone else _kth([(inner, None)], rank, size, crowd)
+    return low if k <= _count(pairs, lambda flat: flat >= low, crowd) else None
 
 
-def _count(pairs: _Pairs, condition: Callable[[Tensor], Tensor]) -> int:
+def _count(pairs: _Pairs, condition: Callable[[Tensor], Tensor], crowd: Crowd) -> int:
     counts = [_both(condition(flat), allowed).count_nonzero() for flat, allowed in pairs]
-    return int(torch.stack(counts).sum())
+    return _sum(counts, pairs, crowd)
+
+
+def _sum(counts: Sequence[Tensor], pairs: _Pairs, crowd: Crowd) -> int:
+    zero = torch.zeros((), dtype=torch.int64, device=pairs[0][0].device)
+    return int(crowd.sum(torch.stack([zero, *counts]).sum()))
 
 
 def _both(mask: Tensor, allowed: Tensor | None) -> Tensor:
     return mask if allowed is None else mask.logical_and_(allowed)
 
 
-def _sample(pairs: _Pairs, stride: int) -> Tensor:
-    """Every stride-th candidate of all tensors."""
-    return torch.cat(
-        [
-            flat[::stride] if allowed is None else flat[::stride][allowed[::stride]]
-            for flat, allowed in pairs
-        ]
+def _sample(pairs: _Pairs, stride: int, crowd: Crowd) -> Tensor:
+    """Every stride-th candidate of all tensors, in every process."""
+    return crowd.gather(
+        torch.cat(
+            [
+                flat[::stride] if allowed is None else flat[::stride][allowed[::stride]]
+                for flat, allowed in pairs
+            ]
+        )
     )
 
 
@@ -159,16 +183,34 @@ def _in_format_of(score: Tensor, mask: Tensor) -> Tensor:
     return torch.empty_like(score, dtype=torch.bool).copy_(mask)
 
 
-def _total(masks: Sequence[Tensor]) -> int:
-    return int(torch.stack([mask.count_nonzero() for mask in masks]).sum())
+def _candidates(scores: Sequence[Tensor], among: Sequence[Tensor] | None, crowd: Crowd) -> int:
+    if among is None:
+        return sum(score.numel() for score in scores)
+    return sum(crowd.counts(among))
 
 
-def random_mask(shape: Sequence[int], count: int, generator: torch.Generator) -> Tensor:
-    """Bool mask with exactly `count` True entries, uniform among all such masks."""
-    numel = math.prod(shape)
+def pooled(tensor: Tensor, block: int) -> Tensor:
+    """Sums over every `block` consecutive rows: `(out, ...)` to `(out / block, ...)`."""
+    return tensor if block == 1 else torch.unflatten(tensor, 0, (-1, block)).sum(1)
+
+
+def spread(places: Tensor, block: int) -> Tensor:
+    """Every row `block` times: `(out / block, ...)` to `(out, ...)`."""
+    return places if block == 1 else places.repeat_interleave(block, 0)
+
+
+def random_mask(
+    shape: Sequence[int], count: int, generator: torch.Generator, block: int = 1
+) -> Tensor:
+    """Bool mask with exactly `count` True places, uniform among all such masks.
+
+    A place is an entry, or with `block` so many consecutive rows at one position.
+    """
+    rows, *rest = shape
+    numel = math.prod(shape) // block
     mask = torch.zeros(numel, dtype=torch.bool)
     mask[torch.randperm(numel, generator=generator)[:count]] = True
-    return mask.reshape(tuple(shape))
+    return spread(mask.reshape(rows // block, *rest), block)
 
 
 def channel_magnitude(weight: Tensor, fan_in: int) -> Tensor:
@@ -218,6 +260,14 @@ def n_of_m(
         raise ValueError(f"weight of shape {tuple(weight.shape)}: wanted (out, in, *kernel)")
     weight = weight.detach()
     mask = torch.empty_like(weight, dtype=torch.bool) if out is None else out
+    if is_sharded(weight):
+        if local(weight).shape[1] != weight.shape[1]:
+            raise ValueError(
+                f"the {weight.shape[1]} inputs of each row are shared out among processes, and "
+                f"{n}:{m} groups lie in rows: shard outputs (dimension 0), or leave the layer dense"
+            )
+        n_of_m(local(weight), n, m, dense_tail=dense_tail, out=local(mask))
+        return mask
     rows, inputs = weight.shape[:2]
     tail = inputs % m
     if weight.device.type == "cpu":

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gossamer.channels import ChannelGroup
+from gossamer.ops import pooled
+from gossamer.sharding import placed, whole
 from gossamer.sparse_weight import Masked, SparseWeight
 
-__all__ = ["ChannelPool", "Place", "Site", "find_layers", "fill_flat_weights"]
+__all__ = ["ChannelPool", "Place", "Site", "find_layers", "fill_flat_weights", "in_places"]
 
 _SPARSIFIABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -39,13 +41,18 @@ class Place(NamedTuple):
 class Site:
     """One sparse weight.
 
+    What a method selects are places: weights, or blocks of `block` consecutive outputs at one input
+    and kernel position, of which a weight `(out, in, *kernel)` has `(out / block, in, *kernel)`.
+
     Attributes:
         name: Of the layer; in a recurrent layer of the matrix, such as "lstm.weight_ih_l0".
         module: The layer.
         tensor: Name of the weight in the layer.
         weight: The latent weight, `(out, in, *kernel)`; the same object for the whole of training.
+            A DTensor where the model is sharded, as its masks then are.
         sparse: What computes the effective weight from it.
-        original_shape: Of the weight, before any cut; budgets refer to it.
+        original_shape: Of the weight, before any cut.
+        block: Weights per place.
     """
 
     name: str
@@ -54,6 +61,7 @@ class Site:
     weight: nn.Parameter
     sparse: SparseWeight
     original_shape: torch.Size
+    block: int = 1
 
     @property
     def tensor_name(self) -> str:
@@ -85,7 +93,7 @@ class Site:
     @property
     def nonzeros(self) -> int:
         """Size of the support."""
-        return int(self.support.count_nonzero())
+        return int(whole(self.support.count_nonzero()))
 
     @property
     def original_numel(self) -> int:
@@ -98,10 +106,32 @@ class Site:
         return math.prod(self.original_shape[1:])
 
     @property
+    def original_places(self) -> torch.Size:
+        """Shape of the places before any cut; budgets refer to it."""
+        return in_places(self.original_shape, self.block)
+
+    @property
+    def places(self) -> Tensor:
+        """Bool tensor of the places: those on the support of a mask."""
+        return self.support if self.block == 1 else self.support[:: self.block]
+
+    @property
+    def live_places(self) -> Tensor:
+        """Bool tensor of the places: those outside removed channels."""
+        return self.masked.live if self.block == 1 else self.masked.live[:: self.block]
+
+    @property
+    def magnitude(self) -> Tensor:
+        """|latent weight|, summed over each place."""
+        return pooled(self.weight.detach().abs(), self.block)
+
+    @property
     def gradient_magnitude(self) -> Tensor:
-        """|dense gradient| of this step, `(out, in, *kernel)`; zeros if none arrived."""
+        """|dense gradient| of this step, summed over each place; zeros if none arrived."""
         gradient = self.masked.dense_gradient
-        return torch.zeros_like(self.weight) if gradient is None else gradient.abs_()
+        if gradient is None:
+            return pooled(torch.zeros_like(self.weight), self.block)
+        return pooled(placed(gradient, like=self.weight).abs_(), self.block)
 
     @property
     def density(self) -> float:
@@ -154,10 +184,15 @@ class ChannelPool:
         """`(group.channels,)` float64 on the CPU: `measure(site): (out,)` over all that produce
         a channel, summed.
         """
-        whole = torch.zeros(self.group.channels, dtype=torch.float64)
+        total = torch.zeros(self.group.channels, dtype=torch.float64)
         for site, part in zip(self.producers, self.group.producers, strict=True):
-            whole += measure(site).cpu()[part.index].sum(1)
-        return whole
+            total += whole(measure(site)).cpu()[part.index].sum(1)
+        return total
+
+
+def in_places(shape: Sequence[int], block: int) -> torch.Size:
+    """Shape of the places of a weight `(out, in, *kernel)`: `(out / block, in, *kernel)`."""
+    return torch.Size([shape[0] // block, *shape[1:]])
 
 
 def find_layers(

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from gossamer.ops import n_of_m, straight_through
+from gossamer.ops import n_of_m, pooled, straight_through
+from gossamer.sharding import is_sharded, local, placed, strip, whole
 from gossamer.surrogates import soft_threshold
 
 __all__ = [
@@ -52,6 +53,27 @@ class SparseWeight(nn.Module, ABC):
         """What to watch beside the support, by name: thresholds, and 0-d annealing factors."""
         return {}
 
+    @property
+    def keeps_count(self) -> bool:
+        """Whether the support always has as many weights, so that it cannot collapse."""
+        return False
+
+    def shard(self, weight: Tensor) -> None:
+        """Keep of every mask the part that belongs to this process's part of `weight`."""
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            if buffer.shape == weight.shape:
+                setattr(self, name, placed(buffer, like=weight))
+
+
+def for_forward(mask: Tensor, weight: Tensor) -> Tensor:
+    """The mask for a forward pass that computes with `weight`.
+
+    FSDP gathers weights, and not masks: what another process holds of one is fetched, as bools.
+    """
+    if is_sharded(mask) and not is_sharded(weight):
+        return whole(mask > 0.5).to(weight.dtype)
+    return mask
+
 
 def threshold_shape(weight: Tensor, granularity: str) -> tuple[int, ...]:
     """Shape of thresholds for `weight: (out, in, *kernel)`: one per "layer", "row" or "weight"."""
@@ -84,9 +106,13 @@ class Masked(SparseWeight):
     def __init__(self, weight: Tensor, mask: Tensor) -> None:
         super().__init__()
         if mask.shape != weight.shape:
-            raise ValueError(f"mask of shape {tuple(mask.shape)} for weight {tuple(weight.shape)}")
+            raise ValueError(
+                f"mask of shape {tuple(mask.shape)} for weight {tuple(weight.shape)}: give one of "
+                "the weight's shape"
+            )
         ones = [1] * (weight.dim() - 1)
         device = weight.device
+        mask = placed(mask.to(device), like=weight)
         self.register_buffer("mask", torch.empty_like(weight, requires_grad=False).copy_(mask))
         self.register_buffer(
             "live_out", torch.ones(weight.shape[0], *ones, dtype=torch.bool, device=device)
@@ -106,7 +132,9 @@ class Masked(SparseWeight):
 
         In eval mode always the latter: the weights may be an average that was swapped in.
         """
-        return weight if self.kept_zero and self.training else weight * self.mask
+        if self.kept_zero and self.training:
+            return weight
+        return weight * for_forward(self.mask, weight)
 
     def support(self, weight: Tensor) -> Tensor:
         """Where the mask is 1; an averaged mask (EMA of buffers) counts from one half up."""
@@ -115,7 +143,7 @@ class Masked(SparseWeight):
     @property
     def live(self) -> Tensor:
         """Bool tensor of the weight's shape: positions outside removed channels."""
-        return (self.live_out & self.live_in).expand_as(self.mask)
+        return placed((self.live_out & self.live_in).expand(self.mask.shape), like=self.mask)
 
     @property
     def live_shape(self) -> tuple[int, ...]:
@@ -197,7 +225,9 @@ class NOfM(SparseWeight):
 
     def forward(self, weight: Tensor) -> Tensor:
         """`weight * mask`, straight through."""
-        return straight_through(weight, self.mask if self.kept_fresh else self._pattern(weight))
+        if not self.kept_fresh:
+            return straight_through(weight, self._pattern(weight))
+        return straight_through(weight, for_forward(self.mask, weight))
 
     def support(self, weight: Tensor) -> Tensor:
         """Where the mask is 1."""
@@ -206,6 +236,11 @@ class NOfM(SparseWeight):
     def figures(self) -> dict[str, Tensor]:
         """`lam`."""
         return {"lam": self.lam}
+
+    @property
+    def keeps_count(self) -> bool:
+        """`n` of every `m`."""
+        return True
 
     def refresh(self, weight: Tensor) -> None:
         """Take the mask from the latent weight as it is now."""
@@ -231,7 +266,13 @@ class NOfM(SparseWeight):
 
 
 class LearnedThreshold(SparseWeight):
-    """Effective weights are 0 where the magnitude does not exceed a trainable threshold."""
+    """Effective weights are 0 where the magnitude does not exceed a trainable threshold.
+
+    Attributes:
+        block: Consecutive rows that are kept or pruned together, at one position.
+    """
+
+    block: int = 1
 
     @property
     @abstractmethod
@@ -243,19 +284,27 @@ class LearnedThreshold(SparseWeight):
         """`raw` at which a weight of this magnitude is pruned; may work in place."""
 
     def margin(self, weight: Tensor, index: Tensor | None = None) -> Tensor:
-        """How far `raw` may rise until each weight is pruned, in 32 bits or more.
+        """How far `raw` may rise until each weight, or block of them, is pruned, in 32 bits or
+        more.
 
         Args:
             weight: `(out, in, *kernel)`.
-            index: `(n,)` positions in the flattened weight to look at; None for all.
+            index: `(n,)` positions to look at in this process's part of the weight (or of its
+                blocks), flattened; None for all.
         """
-        raw = self.raw.detach()
+        like, raw = weight, self.raw.detach()
+        if self.block > 1:
+            weight = pooled(weight.detach().abs(), self.block) / self.block
+            raw = pooled(raw, self.block) / self.block if len(raw) > 1 else raw
         if index is not None:
+            raw = local(raw) if len(raw) == len(weight) else whole(raw)
+            weight = local(weight)
             weight, raw = weight.take(index), raw.expand_as(weight).take(index)
         magnitude = weight.detach().abs()
         if magnitude.element_size() < 4:
             magnitude = magnitude.float()
-        return self.reach(magnitude).sub_(raw)
+        margin = self.reach(magnitude).sub_(raw)
+        return margin if index is None else strip(margin, like)
 
 
 class SoftThreshold(LearnedThreshold):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -19,14 +20,20 @@ from torch.utils.hooks import RemovableHandle
 
 from gossamer import bake
 from gossamer.channels import Change, ChannelGroup, find_groups
+from gossamer.collapse import Guard, OnCollapse
 from gossamer.example import Example, map_tensors
 from gossamer.latency import LatencyTable, Milliseconds
 from gossamer.latency import latency as measure_latency
 from gossamer.method import Method, Price, Progress, SupportChange
+from gossamer.ops import spread
+from gossamer.parallel import DataParallel, check_agreement, world_size
 from gossamer.prices import Bytes, Macs
+from gossamer.reading import reading, short, whole_number
+from gossamer.sharding import is_sharded, local, placed, whole
 from gossamer.shrink.plan import Plan
-from gossamer.shrink.verify import cut_verified, probe, try_cuts
-from gossamer.site import ChannelPool, Place, Site, fill_flat_weights, find_layers
+from gossamer.shrink.slice import Undo
+from gossamer.shrink.verify import cut_verified, outputs, probe, try_cuts
+from gossamer.site import ChannelPool, Place, Site, fill_flat_weights, find_layers, in_places
 from gossamer.sparse_weight import Masked, zero_after_load
 
 __all__ = ["Sparsifier"]
@@ -34,6 +41,7 @@ __all__ = ["Sparsifier"]
 T = TypeVar("T")
 
 _STATE_FORMAT = 1
+_LATER = ("locked", "refused", "collapse")  # a state that was saved before these is as good
 # A latency is predicted, measured, and predicted better, until both agree, but not for ever.
 _NOISE = 0.02  # by which two measurements of one network differ
 _TIMES_MEASURED = 6
@@ -74,6 +82,8 @@ class Sparsifier:
             "end": they are only masked; `gossamer.shrink` cuts them after `finalize()`.
         latency: What the network takes at any widths, `gossamer.latency(model, batch)`, for methods
             that ask for it. None: it is measured here, on the example as it is.
+        on_collapse: When a layer keeps next to no weight (`gossamer.collapse`): "warn", "hold" it
+            at its floor, or "stop" with a CollapseError.
         seed: Of every random decision; the same on all ranks.
 
     Attributes:
@@ -82,6 +92,7 @@ class Sparsifier:
         locked: Channels of which layers stay, with the reason.
         prices: What a network of the pools' widths costs, in the units that the method asks for.
         refused: Cuts that were not made because the network would have become slower, in words.
+        collapsed: Layers that fell below their floor, when and why, in words.
         left_dense: Layers that the method cannot make sparse, with the reason.
         plan: What has been cut so far.
         revision: Grows by one whenever supports or widths change.
@@ -102,22 +113,20 @@ class Sparsifier:
         keep_channels: Sequence[str] = (),
         cut: Literal["during", "end"] = "during",
         latency: LatencyTable | None = None,
+        on_collapse: OnCollapse = "warn",
         seed: int = 0,
     ) -> None:
-        if total_steps < 1:
+        _check_kinds(model, method, include=include, exclude=exclude, keep_channels=keep_channels)
+        if type(total_steps) is not int or total_steps < 1:
             raise ValueError(
-                f"total_steps={total_steps}: give the optimizer steps of the whole run"
+                f"total_steps={total_steps!r}: give the optimizer steps of the whole run, a whole "
+                "number from 1"
             )
         if cut not in ("during", "end"):
             raise ValueError(f'cut={cut!r}: choose "during" or "end"')
-        if cut == "during" and method.needs_graph and _world_size() > 1:
-            raise ValueError(
-                'cut="during" changes shapes that DistributedDataParallel has fixed: with several '
-                'processes train with cut="end" and call gossamer.shrink after finalize()'
-            )
         found = find_layers(model, include, exclude, method.recurrent)
         layers, self.left_dense = _fitting(method, found, include)
-        shapes = [place.weight.shape for place in layers.values()]
+        shapes = [in_places(place.weight.shape, method.block) for place in layers.values()]
         counts = method.budget(shapes)
         if example is not None:
             example = _on_device(example, model)
@@ -139,6 +148,8 @@ class Sparsifier:
         self._postponed = False
         self._wants_dense_grad = False
         self._finalized = False
+        self._parallel: DataParallel | None = None
+        self._cuts_made = 0
         self._checked: torch.optim.Optimizer | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -149,20 +160,75 @@ class Sparsifier:
                 layers.items(), counts, generators, strict=True
             )
         ]
-        self._site = {site.name: site for site in self.sites}
-        self._masked_sites = [site for site in self.sites if isinstance(site.sparse, Masked)]
-        self._masks = [(site.masked, site.weight) for site in self._masked_sites]
+        self._bind()
         self.pools = [
             ChannelPool(g, tuple(self._site[part.layer] for part in g.producers), g.channels)
             for g in groups
         ]
-        for mask, weight in self._masks:
-            register = weight.register_post_accumulate_grad_hook
-            self._handles.append(register(mask.mask_gradient))  # type: ignore[no-untyped-call]
         self._zero_off_support(None)
         with torch.no_grad():
             method.advance(self.sites, Progress(0, total_steps), None)
+            given = [count * method.block for count in counts]
+            self._guard = Guard(on_collapse, method, self.sites, given)
         self._announce()
+
+    def _bind(self) -> None:
+        """Refer to the sites, and mask their gradients."""
+        for handle in self._handles:
+            handle.remove()
+        self._site = {site.name: site for site in self.sites}
+        self._masked_sites = [site for site in self.sites if isinstance(site.sparse, Masked)]
+        self._masks = [(site.masked, site.weight) for site in self._masked_sites]
+        self._handles = [
+            weight.register_post_accumulate_grad_hook(mask.mask_gradient)  # type: ignore[no-untyped-call]
+            for mask, weight in self._masks
+        ]
+
+    # ------------------------------------------------------------------ several processes
+
+    def data_parallel(self, **settings: Any) -> DataParallel:
+        """The model for several processes: DistributedDataParallel, made anew after every cut.
+
+        Call it in place of `DistributedDataParallel(model, ...)` and use what it returns in the
+        forward pass. With `cut="end"` DistributedDataParallel itself serves as well.
+
+        Args:
+            **settings: Of `torch.nn.parallel.DistributedDataParallel`, such as `device_ids=[0]`.
+        """
+        self._parallel = DataParallel(self.model, lambda: self._cuts_made, settings)
+        return self._parallel
+
+    def rebind(self) -> None:
+        """Take the parameters that the model has now: to be called after `fully_shard` (FSDP2) has
+        replaced them, before the optimizer is built and before the first forward pass.
+
+        Of every mask this process then keeps its part only.
+
+        Raises:
+            ValueError: Channels are to be cut out while the model is sharded, or weights are kept
+                and pruned in blocks.
+        """
+        sites = [replace(site, weight=bake.latent(site.module, site.tensor)) for site in self.sites]
+        sharded = any(is_sharded(site.weight) for site in sites)
+        if sharded and self.method.needs_graph and self._cut == "during":
+            raise ValueError(
+                'cut="during" changes shapes that FSDP has fixed: train with cut="end", and call '
+                "gossamer.shrink on the plain model that finalize(into=...) fills"
+            )
+        if sharded and self.method.block > 1:
+            raise ValueError(
+                f"block={self.method.block} needs whole blocks of outputs in every process, and "
+                "FSDP shards rows as it likes: train with DistributedDataParallel, or with block=1"
+            )
+        for site in sites:
+            site.sparse.shard(site.weight)
+        self.sites, self._checked = sites, None
+        self._bind()
+        self._guard.bind(sites)
+        self.pools = [
+            replace(pool, producers=tuple(self._site[site.name] for site in pool.producers))
+            for pool in self.pools
+        ]
 
     # ------------------------------------------------------------------ the user's loop
 
@@ -182,7 +248,9 @@ class Sparsifier:
     def penalty(self) -> Tensor:
         """Term to add to the loss; 0 for mask methods."""
         penalty = self.method.penalty(self.sites)
-        return self.sites[0].weight.new_zeros(()) if penalty is None else penalty
+        if penalty is None:
+            return local(self.sites[0].weight).new_zeros(())
+        return whole(penalty)
 
     @torch.no_grad()
     def observe(self, loss: Tensor) -> None:
@@ -195,9 +263,9 @@ class Sparsifier:
         """
         if self.method.wants_loss(Progress(self.step_count + 1, self.total_steps)):
             loss = loss.detach().float().clone()
-            if _world_size() > 1:
+            if world_size() > 1:
                 dist.all_reduce(loss)
-                loss /= _world_size()
+                loss /= world_size()
             self.method.observe(self.sites, loss)
 
     @torch.no_grad()
@@ -208,7 +276,10 @@ class Sparsifier:
             ValueError: No gradient reached a sparse weight, or the optimizer lacks a parameter.
         """
         if self._finalized:
-            raise ValueError("step() after finalize(): the model is plain and no longer masked")
+            raise ValueError(
+                "step() after finalize(): the model is plain and no longer masked; call finalize() "
+                "when training has ended, or make a new Sparsifier"
+            )
         if optimizer is not self._checked:
             self._check_optimizer(optimizer)
         if all(site.weight.grad is None for site in self.sites):
@@ -221,31 +292,43 @@ class Sparsifier:
         if type(optimizer) not in _ELEMENTWISE or self._gradients_changed():
             self._zero_off_support(optimizer)
 
+        seen = self.revision
         removed = self._remove_channels(progress)
         changes = self._update(progress)
         if changes is not None:
-            self._apply(changes, optimizer)
+            self._apply(self._guard.spare(self.sites, changes), optimizer)
         if removed or changes is not None:
             self._zero_off_support(optimizer)
             self.revision += 1
+            check_agreement(self.sites, self.step_count)
         if removed and self._cut == "during":
             self._cut_dead_channels(optimizer)
         if self._cut == "end" or any(pool.name in self.locked for pool in self.pools):
             self._zero_dead_biases(optimizer)
         if self.method.advance(self.sites, progress, optimizer):
             self.revision += 1
+        self._guard.cap()
+        if self.revision != seen:
+            self._guard.look(progress)
         self._announce()
 
-    def finalize(self) -> nn.Module:
+    def finalize(self, into: nn.Module | None = None) -> nn.Module:
         """Make the model plain again, exact zeros off the support; returns it.
 
         The Sparsifier is done then. EMA copies are finalized with `gossamer.finalize(copy)`.
+
+        Args:
+            into: For a sharded model (FSDP2): a fresh, plain model of the same class, to be filled
+                and returned in its place. All processes call it, each with one of its own.
+
+        Raises:
+            ValueError: The model is sharded and `into` is missing or does not fit.
         """
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._finalized = True
-        return bake.finalize(self.model)
+        return bake.finalize(self.model, into)
 
     # ------------------------------------------------------------------ what it looks like
 
@@ -260,7 +343,7 @@ class Sparsifier:
         """Bool support of every site in its original shape; what was cut is off it."""
         found = {}
         for site in self.sites:
-            support = site.support
+            support = whole(site.support)
             for dim in range(2):
                 kept = self.plan.kept(site.tensor_name, dim)
                 if kept is not None:
@@ -270,6 +353,11 @@ class Sparsifier:
                     )
             found[site.name] = support
         return found
+
+    @property
+    def collapsed(self) -> list[str]:
+        """Layers that fell below their floor, when and why, in words."""
+        return self._guard.said
 
     @property
     def live_channels(self) -> int:
@@ -300,43 +388,76 @@ class Sparsifier:
             "shapes": {site.name: list(site.original_shape) for site in self.sites},
             "plan": self.plan.to_dict(),
             **({"latency": self._clock.state_dict()} if self._clock else {}),
+            "locked": dict(self.locked),
+            "refused": list(self.refused),
+            "collapse": self._guard.state_dict(),
         }
 
     def load_state_dict(
         self, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None
-    ) -> None:
+    ) -> Undo:
         """Resume: cuts the fresh model to the widths of the checkpoint and sets the step.
 
         Call it first, on a Sparsifier made as in the interrupted run; then load the model's and
-        the optimizer's state.
+        the optimizer's state. Returns what takes all of it back.
 
         Raises:
-            ValueError: The state is of another method, other hyperparameters or another model.
+            ValueError: The state is of another method, other hyperparameters or another model, or
+                is damaged. Nothing is changed then.
         """
         expected = self.state_dict()
         for key in expected:
-            if key not in state:
+            if not isinstance(state, Mapping) or (key not in state and key not in _LATER):
                 raise ValueError(
                     f"this is not a Sparsifier's state: {key!r} is missing. Pass what "
                     "Sparsifier.state_dict() returned"
                 )
         for key in ("format", "method", "total_steps", "seed", "cut", "shapes"):
-            if state[key] != expected[key]:
+            if not _equal(state[key], expected[key]):
                 raise ValueError(
                     f"the checkpoint does not fit: {_difference(key, state[key], expected[key])}; "
                     "resume with the settings of the interrupted run"
                 )
         if len(self.plan) or self.step_count:
             raise ValueError("load_state_dict() needs a fresh Sparsifier, before its first step")
+        what, remedy = "the Sparsifier's state", "resume from an earlier checkpoint"
+        with reading(what, remedy):
+            step = whole_number(state, "step", 0, sys.maxsize)
+            if type(state["postponed"]) is not bool:
+                raise ValueError(f"postponed is {short(state['postponed'])}, wanted a bool")
         plan = Plan.from_dict(state["plan"])
-        plan.apply(self.model, optimizer)
+        widen, pools = plan.apply(self.model, optimizer), self.pools
+
+        def take_back() -> None:
+            widen()
+            self.plan, self.pools, self.step_count, self._postponed = Plan(), pools, 0, False
+            self.locked, self.refused = expected["locked"], expected["refused"]
+            self._guard.load_state_dict(expected["collapse"])
+            self.revision += 1
+            self._announce()
+
+        try:
+            with reading(what, remedy):
+                self._check_runs(plan)
+                self._guard.load_state_dict(state.get("collapse", expected["collapse"]))
+                self.locked |= {str(k): str(v) for k, v in state.get("locked", {}).items()}
+                self.refused[:] = map(str, state.get("refused", self.refused))
+                if self._clock:
+                    self._clock.load_state_dict(state["latency"])
+        except BaseException:
+            take_back()
+            raise
         self._follow(plan.changes)
-        if self._clock:
-            self._clock.load_state_dict(state["latency"])
-        self.step_count = int(state["step"])
-        self._postponed = bool(state["postponed"])
+        self.step_count = step
+        self._postponed = state["postponed"]
         self.revision += 1
         self._announce()
+        return take_back
+
+    def _check_runs(self, plan: Plan) -> None:
+        """Run what the plan made of the model, where there is an example and something was cut."""
+        if len(plan) and self._example is not None:
+            outputs(self.model, _on_device(self._example, self.model))
 
     # ------------------------------------------------------------------ inside a step
 
@@ -346,6 +467,25 @@ class Sparsifier:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        if not hasattr(optimizer, "param_groups"):  # wrappers are no torch.optim.Optimizer
+            raise TypeError(
+                f"step() got a {type(optimizer).__name__}: pass the optimizer that has just made "
+                "its step"
+            )
+        cuts = self.method.needs_graph and self._cut == "during"
+        if cuts and self._parallel is None and world_size() > 1:
+            raise ValueError(
+                'cut="during" changes shapes that DistributedDataParallel has fixed: wrap the '
+                "model with sparsifier.data_parallel(...), which is made anew after every cut, "
+                'or train with cut="end" and call gossamer.shrink after finalize()'
+            )
+        for site in self.sites:
+            if not is_sharded(site.weight) and is_sharded(bake.latent(site.module, site.tensor)):
+                raise ValueError(
+                    f"{site.name}.{site.tensor} was sharded after the Sparsifier was made: call "
+                    "sparsifier.rebind() right after fully_shard(model), before the optimizer is "
+                    "built"
+                )
         for name, inner in vars(optimizer).items():
             if isinstance(inner, torch.optim.Optimizer) and inner.state is not optimizer.state:
                 raise ValueError(
@@ -397,11 +537,12 @@ class Sparsifier:
         for mask, _ in self._masks:
             gradient = mask.dense_gradient
             if gradient is not None:
-                if (world := _world_size()) > 1:
+                # FSDP has averaged it already.
+                if (world := world_size()) > 1 and not is_sharded(gradient):
                     dist.all_reduce(gradient)
                     gradient /= world
                 gradients.append(gradient)
-        finite = [extreme.isfinite() for gradient in gradients for extreme in gradient.aminmax()]
+        finite = [whole(x).isfinite() for gradient in gradients for x in gradient.aminmax()]
         if not finite or bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
             return True
         for mask, _ in self._masks:
@@ -411,8 +552,9 @@ class Sparsifier:
     def _apply(self, changes: Sequence[SupportChange], optimizer: torch.optim.Optimizer) -> None:
         for site, change in zip(self.sites, changes, strict=True):
             # Through the mask's own memory: a fresh float tensor costs more than the products.
-            _multiply(site.weight, site.masked.mask.copy_(change.kept), optimizer)
-            site.masked.mask.copy_(change.kept | change.grown)
+            kept = spread(change.kept, site.block)
+            _multiply(site.weight, site.masked.mask.copy_(kept), optimizer)
+            site.masked.mask.copy_(spread(change.kept | change.grown, site.block))
 
     def _zero_off_support(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Latent weights and optimizer state are zero off the support from here on."""
@@ -484,8 +626,8 @@ class Sparsifier:
             for site in pool.producers:
                 bias = site.module.bias
                 if isinstance(bias, nn.Parameter):
-                    live = site.masked.live_out.flatten()
-                    _multiply(bias, live.to(bias.dtype), optimizer)
+                    live = site.masked.live_out.flatten().to(bias.dtype)
+                    _multiply(bias, placed(live, like=bias), optimizer)
 
     def _cut_dead_channels(self, optimizer: torch.optim.Optimizer) -> None:
         assert self._example is not None
@@ -503,7 +645,26 @@ class Sparsifier:
     def _follow(self, cuts: Sequence[Change]) -> None:
         """Bring plan and pools up to date with cuts that were made on the model."""
         self.plan.record(cuts)
+        self._cuts_made += 1
         self.pools = [replace(pool, group=pool.group.after(cuts)) for pool in self.pools]
+
+
+def _check_kinds(model: object, method: object, **patterns: object) -> None:
+    """Raise TypeError where something else is passed than is meant."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}: pass the network, a torch.nn.Module, before the "
+            "method"
+        )
+    if not isinstance(method, Method):
+        name = method.__name__ if isinstance(method, type) else repr(method)
+        raise TypeError(
+            f"method is {short(name)}, no Method object: pass one with its settings, such as "
+            "gossamer.Chase(density=0.1)"
+        )
+    for option, given in patterns.items():
+        if isinstance(given, str):
+            raise TypeError(f"{option}={given!r} is text: give a list of patterns, [{given!r}]")
 
 
 def _on_device(example: Example, model: nn.Module) -> Example:
@@ -512,13 +673,9 @@ def _on_device(example: Example, model: nn.Module) -> Example:
     return moved
 
 
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def _from_first_rank(measure: Callable[[], T]) -> T:
     """What the first process measures: no two clocks agree, and all processes must."""
-    if _world_size() == 1:
+    if world_size() == 1:
         return measure()
     found = [measure() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)
@@ -562,7 +719,11 @@ def _fitting(
     method: Method, layers: Mapping[str, Place], include: Sequence[str] | None
 ) -> tuple[dict[str, Place], dict[str, str]]:
     """The layers that the method can make sparse, and why it leaves the others dense."""
-    reasons = {name: reason for name, place in layers.items() if (reason := method.unfit(place))}
+    reasons = {
+        name: reason
+        for name, place in layers.items()
+        if (reason := method.unfit(place) or _not_in_blocks(place, method.block))
+    }
     asked = [name for name in reasons if name in (include or ())]  # by name, not by a pattern
     if asked:
         raise ValueError(f"{asked[0]} {reasons[asked[0]]}: leave it out of include")
@@ -570,6 +731,16 @@ def _fitting(
         listed = "; ".join(f"{name} {reason}" for name, reason in list(reasons.items())[:3])
         raise ValueError(f"{type(method).__name__} fits no layer of the model: {listed}")
     return {name: place for name, place in layers.items() if name not in reasons}, reasons
+
+
+def _not_in_blocks(place: Place, block: int) -> str | None:
+    """Why the outputs of a layer make up no whole blocks; a block never spans two groups."""
+    groups = getattr(place.module, "groups", 1)
+    outputs = len(place.weight) // groups
+    if outputs % block == 0:
+        return None
+    each = f"{outputs} outputs in each of {groups} groups" if groups > 1 else f"{outputs} outputs"
+    return f"has {each}, no multiple of block={block}"
 
 
 def _attach(
@@ -585,7 +756,7 @@ def _attach(
     parametrized.register_load_state_dict_post_hook(zero_after_load)  # type: ignore[no-untyped-call]
     if isinstance(module, nn.RNNBase):
         fill_flat_weights(module)
-    return Site(name, module, tensor, weight, sparse, weight.shape)
+    return Site(name, module, tensor, weight, sparse, weight.shape, method.block)
 
 
 def _eligible(
@@ -623,6 +794,8 @@ def _eligible(
             )
         elif dense:
             locked[group.name] = f"{dense[0]} is left dense, and both ends must be sparse"
+        elif group.unit(method.block) is None:
+            locked[group.name] = f"they do not make up whole blocks of {method.block} outputs"
         elif any(fnmatch.fnmatchcase(group.name, pattern) for pattern in keep_channels):
             locked[group.name] = "keep_channels names it"
         else:
@@ -655,10 +828,18 @@ def _multiply(
                 value.mul_(factor)
 
 
+def _equal(got: Any, wanted: Any) -> bool:
+    try:
+        return bool(got == wanted)
+    except Exception:  # tensors and the like, where plain data is wanted
+        return False
+
+
 def _difference(key: str, got: Any, wanted: Any) -> str:
     """What differs between a checkpoint's and this run's settings, in words."""
     if isinstance(got, dict) and isinstance(wanted, dict):
         for name in (*wanted, *got):
-            if got.get(name) != wanted.get(name):
-                return f"{key}: {name} is {got.get(name)!r} in it and {wanted.get(name)!r} here"
-    return f"{key} is {got!r} in it and {wanted!r} here"
+            if not _equal(got.get(name), wanted.get(name)):
+                there, here = short(got.get(name)), short(wanted.get(name))
+                return f"{key}: {str(name)[:80]} is {there} in it and {here} here"
+    return f"{key} is {short(got)} in it and {short(wanted)} here"

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["long_tailed_step", "soft_threshold"]
+from gossamer.ops import pooled, spread
+
+__all__ = ["block_margin", "long_tailed_step", "soft_threshold"]
 
 # Weights per tile of a backward on the CPU: temporaries then stay in the second-level cache and in
 # the allocator's hands. On whole tensors, page faults take most of the time (ResNet-18: 60 ms
@@ -23,7 +25,7 @@ _TILE = 1 << 17
 _JUST_BELOW_ZERO = -torch.finfo(torch.float32).tiny
 
 
-def long_tailed_step(weight: Tensor, threshold: Tensor) -> Tensor:
+def long_tailed_step(weight: Tensor, threshold: Tensor, block: int = 1) -> Tensor:
     """`W * S(|W| - t)`: the weights above their threshold, with the long-tailed gradient of DST.
 
         S(q) = 1 if q > 0 else 0
@@ -35,15 +37,56 @@ def long_tailed_step(weight: Tensor, threshold: Tensor) -> Tensor:
     J. Liu et al., ICLR 2020, arXiv 2005.06870; H is taken over there from Xu & Cheung, BMVC 2019.
     The backward needs the two arguments and nothing else.
 
+    With `block`, so many consecutive rows B at one position have one step, ours:
+
+        q = mean_B |W| - mean_B t
+        dL/dW = G * S(q) + sign(W) * H(q) * sum_B (G * W) / |B|
+        dL/dt =                  -sum H(q) * sum_B (G * W) / |B|
+
     Args:
         weight: `(out, in, *kernel)`.
         threshold: As many dimensions, each of the weight's size or 1.
+        block: Rows that have one step.
 
     Returns:
         The effective weight. A weight whose magnitude equals its threshold is 0.
     """
+    if block > 1:
+        return weight * spread(_gate(block_margin(weight.abs(), threshold, block)), block)
     effective: Tensor = _LongTailedStep.apply(weight, threshold)  # type: ignore[no-untyped-call]
     return effective
+
+
+def block_margin(magnitude: Tensor, threshold: Tensor, block: int) -> Tensor:
+    """`mean_B |W| - mean_B t`, `(out / block, in, *kernel)`: how far each block lies above the
+    thresholds of its rows, which may be one for all.
+    """
+    per_row = threshold.expand(magnitude.shape[0], *threshold.shape[1:])
+    return pooled(magnitude, block).div(block) - pooled(per_row, block).div(block)
+
+
+def _gate(distance: Tensor) -> Tensor:
+    """S(q), with H(q) as its derivative."""
+    kept: Tensor = _LongTailedGate.apply(distance)  # type: ignore[no-untyped-call]
+    return kept
+
+
+class _LongTailedGate(torch.autograd.Function):
+    @staticmethod
+    def forward(distance: Tensor) -> Tensor:
+        return distance.clone().gt_(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (distance,) = ctx.saved_tensors
+        size: Tensor = distance.abs()
+        near = size.clone().le_(1)
+        return size.clamp_(max=0.4).sub_(0.5).mul_(near).mul_(grad).mul_(-4)
 
 
 class _LongTailedStep(torch.autograd.Function):

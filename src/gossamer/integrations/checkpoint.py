@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gossamer.bake import sparse_layers
 from gossamer.measure.topology import TopologyTracker
+from gossamer.reading import reading, short
 from gossamer.sparsifier import Sparsifier
 
 __all__ = ["carry"]
@@ -81,10 +82,16 @@ def carry(
         if any(sparsifier.step_count for sparsifier in sparsifiers):
             _check_widths(pairs)
             return
-        for sparsifier, one in pairs:
-            sparsifier.load_state_dict(one)
-        if topology is not None and "topology" in state:
-            topology.load_state_dict(state["topology"])
+        undo: list[Callable[[], None]] = []
+        try:
+            for sparsifier, one in pairs:
+                undo.append(sparsifier.load_state_dict(one))
+            if topology is not None and "topology" in state:
+                topology.load_state_dict(state["topology"])
+        except BaseException:
+            for take_back in reversed(undo):
+                take_back()
+            raise
         restored()
 
     model.register_state_dict_post_hook(save)  # type: ignore[no-untyped-call]
@@ -114,12 +121,9 @@ def _to_bytes(state: dict[str, Any]) -> Tensor:
 
 
 def _from_bytes(data: Tensor) -> dict[str, Any]:
-    try:
+    with reading(f"the checkpoint's {_KEY!r}", "resume from an earlier one"):
         state = torch.load(io.BytesIO(data.cpu().numpy().tobytes()), weights_only=True)
-        assert isinstance(state["sparsifiers"], list)
-    except Exception as error:  # torch.load raises what the damage happens to lead to
-        raise ValueError(
-            f"the checkpoint's {_KEY!r} is damaged ({error}): resume from an earlier one"
-        ) from error
-    found: dict[str, Any] = state
-    return found
+        if not isinstance(state["sparsifiers"], list):
+            raise ValueError(f"sparsifiers is {short(state['sparsifiers'])}, wanted a list")
+        found: dict[str, Any] = state
+        return found

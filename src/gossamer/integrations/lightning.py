@@ -19,13 +19,63 @@ import math
 import warnings
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
 
+from gossamer.finite import check_loss
 from gossamer.measure.topology import TopologyTracker
 from gossamer.sparsifier import Sparsifier
 
-__all__ = ["SparsifyCallback"]
+__all__ = ["FiniteLoss", "SparsifyCallback"]
+
+
+class FiniteLoss(Callback):
+    """Stops training before a loss that is not finite changes the weights; says where it began.
+
+    For automatic optimization. With a GradScaler it looks at nothing, since that skips such steps.
+
+    Args:
+        model: Whose layers to name; None: the module.
+
+    Raises:
+        FloatingPointError: In training: the loss is NaN or infinite; names the step and the layer.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._model = model
+        self._loss: Tensor | None = None
+        self._batch: tuple[Any, int] = (None, 0)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the batch, to run it again."""
+        self._batch = batch, batch_idx
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Remember the loss."""
+        plugin = trainer.precision_plugin
+        scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+        self._loss = None if scaled else loss.detach()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Look at the loss; by now a GPU has it, and is busy with the gradients."""
+        loss, self._loss = self._loss, None
+        if loss is None or not pl_module.automatic_optimization:
+            return
+        check_loss(
+            loss,
+            self._model or pl_module,
+            lambda: pl_module.training_step(*self._batch),
+            trainer.global_step + 1,
+        )
 
 
 class SparsifyCallback(Callback):
@@ -95,6 +145,10 @@ class SparsifyCallback(Callback):
 
         pl_module.__dict__["on_load_checkpoint"] = restore_then_own
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follow the module if its `configure_model` has sharded it."""
+        self.sparsifier.rebind()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its own `on_load_checkpoint` back."""
         pl_module.__dict__.pop("on_load_checkpoint", None)
@@ -157,6 +211,10 @@ class SparsifyCallback(Callback):
         same_widths = state["plan"] == self.sparsifier.plan.to_dict()
         if trainer.state.fn != TrainerFn.FITTING and same_widths and self.sparsifier.step_count:
             return  # testing the network that was just trained
-        self.sparsifier.load_state_dict(state)
-        self.topology.load_state_dict(state.get("topology", {}))
+        take_back = self.sparsifier.load_state_dict(state)
+        try:
+            self.topology.load_state_dict(state.get("topology", {}))
+        except BaseException:
+            take_back()
+            raise
         self._revision, self._figures = self.sparsifier.revision, {}

@@ -37,6 +37,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from gossamer.finite import check_loss
 from gossamer.integrations.checkpoint import carry
 from gossamer.measure.topology import TopologyTracker
 from gossamer.method import Progress
@@ -247,12 +248,18 @@ class SparseTrainer(Trainer):
     """A Trainer that tells a SparsifyCallback its loss, and every logger the callback's figures.
 
     Needed by methods that follow the loss (`AutoSparse(dense_losses=...)`); all others train in any
-    Trainer.
+    Trainer. It stops at a loss that is not finite, with a FloatingPointError that names the layer,
+    unless a GradScaler is there, which skips such steps.
     """
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         """One batch, forward and backward."""
-        loss: Tensor = super().training_step(*args, **kwargs)
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if self.accelerator.scaler is None:
+            step = self.state.global_step + 1
+            check_loss(loss, model, lambda: model(**self._prepare_inputs(inputs)), step)
         for callback in self._sparsifying():
             callback.observe(loss)
         return loss
@@ -340,7 +347,10 @@ def load_pretrained(
             f"{path} is not there: this reads what gossamer.integrations.transformers."
             "save_pretrained wrote; other folders are for from_pretrained"
         )
-    plan = Plan.from_json(path.read_text())
+    try:
+        plan = Plan.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     cls = cls or _architecture(folder)
 
     def init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:

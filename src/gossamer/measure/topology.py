@@ -265,10 +265,10 @@ class TopologyTracker:
             ValueError: The state is of another network, or not a tracker's.
         """
         try:
-            shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
+            shapes = {str(name): tuple(map(int, shape)) for name, shape in state["shapes"].items()}
             bits = {name: state[name] for name in _BITS}
             cumulative = float(state["sad_cumulative"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever the damage happens to lead to
             raise ValueError(
                 "this is not a tracker's state: pass what TopologyTracker.state_dict() returned"
             ) from error
@@ -276,6 +276,15 @@ class TopologyTracker:
             raise ValueError(
                 "the state is of a network with other layers or shapes: resume with the model of "
                 "the interrupted run"
+            )
+        packed = self._bits["now"]
+        if any(
+            not isinstance(one, Tensor) or (one.shape, one.dtype) != (packed.shape, packed.dtype)
+            for one in bits.values()
+        ):
+            raise ValueError(
+                f"the tracker's state is damaged: wanted {', '.join(_BITS)} of {len(packed)} bytes "
+                "each; resume from an earlier checkpoint"
             )
         self._bits, self.sad_cumulative = bits, cumulative
 

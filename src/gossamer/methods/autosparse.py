@@ -139,6 +139,17 @@ class AutoSparse(Targeted):
                 f"(tune_end={self.tune_end} of {total_steps}): give fewer, of longer periods"
             )
 
+    def remedy(self, progress: Progress) -> str:
+        """The decay of the thresholds and alpha's, or the target."""
+        if self.target_density is not None:
+            return super().remedy(progress)
+        alpha = self.alpha * self.decay_at(progress)
+        return (
+            f"Weight decay draws thresholds up, from AutoSparse(s_init={self.s_init:g}), and alpha "
+            f"is {alpha:.3g} now: give them less (Sparsifier.parameter_groups, threshold_decay), a "
+            "lower s_init, a higher alpha, a later alpha_end, or a target_density"
+        )
+
     def advance(
         self,
         sites: Sequence[Site],

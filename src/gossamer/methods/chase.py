@@ -45,10 +45,10 @@ from gossamer.method import (
     check_choice,
     check_range,
 )
-from gossamer.ops import channel_magnitude, random_mask
+from gossamer.ops import channel_magnitude, random_mask, spread
 from gossamer.removal import select_blocks, select_channels
 from gossamer.schedules import cosine, cubic
-from gossamer.site import ChannelPool, Site
+from gossamer.site import ChannelPool, Site, in_places
 from gossamer.sparse_weight import Masked
 from gossamer.widths import block, steps
 
@@ -98,9 +98,12 @@ class Chase(Method):
         channel_multiple: Widths are rounded to a multiple of this; None: to 16, or 8 in layers
             below 64 channels, or 1 below 16; the very last block is then only as large as a budget
             asks for. Where latency is measured, widths that are no faster than wider ones are
-            passed over.
+            passed over. With `block`: a multiple of it, and by default it.
         prune_residual: Also remove channels that several layers write or read: residual streams,
             concatenations, branches. Such a channel goes from all of them at once.
+        block: Consecutive outputs that are kept or pruned together: 16 is what sparse kernels
+            run fastest on a CPU (docs/block.md). Densities then count blocks, and channels
+            go in whole blocks.
     """
 
     density: float = 0.1
@@ -126,6 +129,7 @@ class Chase(Method):
     min_channels: int = 8
     channel_multiple: int | None = None
     prune_residual: bool = False
+    block: int = 1
 
     def __post_init__(self) -> None:
         check_range(self, "density", 0, 1, open_low=True)
@@ -148,6 +152,13 @@ class Chase(Method):
             if getattr(self, name) is not None:
                 check_range(self, name, 1, math.inf, whole=True)
         check_range(self, "min_channels", 1, math.inf, whole=True)
+        check_range(self, "block", 1, math.inf, whole=True)
+        if self.channel_multiple is not None and self.channel_multiple % self.block:
+            raise ValueError(
+                f"Chase: channel_multiple={self.channel_multiple} is no multiple of "
+                f"block={self.block}, and would cut blocks apart: give a multiple of it, or leave "
+                "channel_multiple out"
+            )
         for unit in self.budgets:
             check_range(self, _SETTING[unit], 0, math.inf, open_low=True)
         if self.budgets and self.channel_sparsity is not None:
@@ -203,8 +214,8 @@ class Chase(Method):
         return allocate_density(self.distribution, shapes, self.density)
 
     def attach(self, weight: nn.Parameter, count: int, generator: torch.Generator) -> Masked:
-        """A uniformly random mask with exactly `count` ones."""
-        return Masked(weight, random_mask(weight.shape, count, generator))
+        """A uniformly random mask with exactly `count` places."""
+        return Masked(weight, random_mask(weight.shape, count, generator, self.block))
 
     def validate(self, widths: Mapping[str, int], total_steps: int) -> None:
         """Raise ValueError when the schedule has no room or the channels cannot be removed."""
@@ -282,10 +293,10 @@ class Chase(Method):
         self, sites: Sequence[Site], progress: Progress, generator: torch.Generator
     ) -> list[SupportChange]:
         """Prune to the budget and grow to the ceiling (phase A), or drop and grow (phase B)."""
-        original = sum(site.original_numel for site in sites)
+        original = sum(site.original_places.numel() for site in sites)
         budget = round(self.density * original)
-        supports = [site.support for site in sites]
-        live = [site.masked.live for site in sites]
+        supports = [site.places for site in sites]
+        live = [site.live_places for site in sites]
         active = sum(sizes(supports))
         if progress.step <= self._explore_steps(progress.total_steps):
             keep, goal = min(active, budget), round(self.ceiling(progress) * original)
@@ -294,13 +305,13 @@ class Chase(Method):
             keep, goal = min(active, budget) - dropped, budget
         capacity = sum(sizes(live))
 
-        weights = [site.weight for site in sites]
+        magnitudes = [site.magnitude for site in sites]
         none_held = [0] * len(sites)
-        kept = prune_to(weights, supports, self._count(sites, keep, none_held, supports))
+        kept = prune_to(magnitudes, supports, self._count(sites, keep, none_held, supports))
         if self.grow == "gradient":
             growth = [site.gradient_magnitude for site in sites]
         else:
-            growth = random_scores(weights, generator)
+            growth = random_scores(magnitudes, generator)
         candidates = [allowed & ~held for allowed, held in zip(live, kept, strict=True)]
         missing = max(0, min(goal, capacity) - keep)
         grown = select(growth, self._count(sites, missing, sizes(kept), candidates), candidates)
@@ -412,11 +423,24 @@ class Chase(Method):
 
     def _block(self, channels: int, group: ChannelGroup) -> int:
         """Channels of a group that go at a time; `channels` before any cut."""
-        return block(channels, group.producers[0].index.shape[1], self.channel_multiple)
+        size = block(channels, group.producers[0].index.shape[1], self._multiple)
+        return math.lcm(size, self._unit(group))
+
+    def _unit(self, group: ChannelGroup) -> int:
+        """Neighbouring channels that go together, so that every block goes whole."""
+        unit = group.unit(self.block)
+        assert unit is not None, group.name  # such groups are locked
+        return unit
+
+    @property
+    def _multiple(self) -> int | None:
+        if self.channel_multiple is None and self.block > 1:
+            return self.block
+        return self.channel_multiple
 
     def _grain(self, size: int) -> int:
         """What the very last block is a multiple of, so that budgets are met and not undershot."""
-        if not self.budgets or self.channel_multiple is not None:
+        if not self.budgets or self._multiple is not None:
             return size
         return max(1, size // 4) if "latency" in self.budgets else 1
 
@@ -435,11 +459,16 @@ class Chase(Method):
     # ------------------------------------------------------------------ ranking
 
     def score(self, pool: ChannelPool) -> Tensor:
-        """`(pool.group.channels,)` float64 on the CPU: the `channel_score` of each channel.
+        """`(pool.group.channels,)` float64 on the CPU: the `channel_score` of each channel, or the
+        mean score of those that go together.
 
         Over the weights of all its producers at once: a sum of convolutions is one convolution of
         their inputs side by side, and is scored as that one.
         """
+        score, unit = self._score(pool), self._unit(pool.group)
+        return spread(score.view(-1, unit).mean(1), unit) if unit > 1 else score
+
+    def _score(self, pool: ChannelPool) -> Tensor:
         if self.channel_score == "density":
             return pool.total(_active) / pool.original_fan_in
         magnitude = pool.total(lambda site: channel_magnitude(site.weight, 1))
@@ -458,7 +487,7 @@ class Chase(Method):
             return total
         shares = allocate(
             self.distribution,
-            [site.masked.live_shape for site in sites],
+            [in_places(site.masked.live_shape, site.block) for site in sites],
             sum(held) + total,
             at_least=held,
             at_most=[have + free for have, free in zip(held, sizes(among), strict=True)],

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from gossamer.allocation import DISTRIBUTIONS, allocate
-from gossamer.exploration import SCOPES, Count, prune_to, update_steps
+from gossamer.exploration import SCOPES, Count, prune_to, sizes, update_steps
 from gossamer.method import (
     Cost,
     Method,
@@ -52,6 +52,8 @@ class GMP(Method):
             2,000 steps.
         prune_start: Start of the schedule, as a fraction of training.
         prune_end: Its end, when exactly `density` is reached; the support then stays as it is.
+        block: Consecutive outputs that are kept or pruned together: 16 is what sparse kernels
+            run fastest on a CPU (docs/block.md). Densities then count blocks.
     """
 
     density: float = 0.1
@@ -61,6 +63,7 @@ class GMP(Method):
     update_interval: int | None = None
     prune_start: float = 0.0
     prune_end: float = 0.75
+    block: int = 1
 
     def __post_init__(self) -> None:
         check_range(self, "density", 0, 1, open_low=True)
@@ -69,6 +72,7 @@ class GMP(Method):
         check_choice(self, "distribution", tuple(DISTRIBUTIONS))
         check_range(self, "prune_start", 0, 1)
         check_range(self, "prune_end", 0, 1)
+        check_range(self, "block", 1, math.inf, whole=True)
         if self.update_interval is not None:
             check_range(self, "update_interval", 1, math.inf, whole=True)
         if self.initial_density < self.density:
@@ -93,8 +97,8 @@ class GMP(Method):
         return allocate_density(self.distribution, shapes, self.initial_density)
 
     def attach(self, weight: nn.Parameter, count: int, generator: torch.Generator) -> Masked:
-        """A uniformly random mask with exactly `count` ones."""
-        return Masked(weight, random_mask(weight.shape, count, generator))
+        """A uniformly random mask with exactly `count` places."""
+        return Masked(weight, random_mask(weight.shape, count, generator, self.block))
 
     def validate(self, widths: Mapping[str, int], total_steps: int) -> None:
         """Raise ValueError when all weights would go at once."""
@@ -118,18 +122,22 @@ class GMP(Method):
         fraction = (progress.step - start) / (end - start)
         return cubic(fraction, self.initial_density, self.density)
 
+    def remedy(self, progress: Progress) -> str:
+        """The schedule, with what it asks for now."""
+        wanted = self.density_at(progress)
+        return f"The schedule asks for a density of {wanted:.3g} now. {super().remedy(progress)}"
+
     def update(
         self, sites: Sequence[Site], progress: Progress, generator: torch.Generator
     ) -> list[SupportChange]:
         """Keep the largest magnitudes, as many as the schedule leaves."""
-        total = round(self.density_at(progress) * sum(site.original_numel for site in sites))
+        shapes = [site.original_places for site in sites]
+        supports = [site.places for site in sites]
+        total = round(self.density_at(progress) * sum(shape.numel() for shape in shapes))
         count: Count = total
         if self.scope == "layer":
-            shapes = [site.original_shape for site in sites]
-            active = [site.nonzeros for site in sites]
-            count = allocate(self.distribution, shapes, total, at_most=active)
-        supports = [site.support for site in sites]
-        kept = prune_to([site.weight for site in sites], supports, count)
+            count = allocate(self.distribution, shapes, total, at_most=sizes(supports))
+        kept = prune_to([site.magnitude for site in sites], supports, count)
         return [SupportChange(mask, torch.zeros_like(mask)) for mask in kept]
 
     def _window(self, total_steps: int) -> tuple[int, int]:

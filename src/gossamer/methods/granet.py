@@ -72,6 +72,8 @@ class GraNet(Method):
         drop_fraction_end: ... takes it to this.
         t_end: Fraction of training after which the support stays as it is. 1 spares the last step
             alone, since what it grew would not train.
+        block: Consecutive outputs that are kept or pruned together: 16 is what sparse kernels
+            run fastest on a CPU (docs/block.md). Densities then count blocks.
     """
 
     density: float = 0.1
@@ -84,6 +86,7 @@ class GraNet(Method):
     drop_fraction: float = 0.5
     drop_fraction_end: float = 0.005
     t_end: float = 1.0
+    block: int = 1
 
     def __post_init__(self) -> None:
         check_range(self, "density", 0, 1, open_low=True)
@@ -92,6 +95,7 @@ class GraNet(Method):
         check_choice(self, "distribution", tuple(DISTRIBUTIONS))
         for name in ("prune_start", "prune_end", "drop_fraction", "drop_fraction_end", "t_end"):
             check_range(self, name, 0, 1)
+        check_range(self, "block", 1, math.inf, whole=True)
         if self.update_interval is not None:
             check_range(self, "update_interval", 1, math.inf, whole=True)
         if self.initial_density < self.density:
@@ -116,8 +120,8 @@ class GraNet(Method):
         return allocate_density(self.distribution, shapes, self.initial_density)
 
     def attach(self, weight: nn.Parameter, count: int, generator: torch.Generator) -> Masked:
-        """A uniformly random mask with exactly `count` ones."""
-        return Masked(weight, random_mask(weight.shape, count, generator))
+        """A uniformly random mask with exactly `count` places."""
+        return Masked(weight, random_mask(weight.shape, count, generator, self.block))
 
     def validate(self, widths: Mapping[str, int], total_steps: int) -> None:
         """Raise ValueError when all weights would go at once."""
@@ -149,20 +153,25 @@ class GraNet(Method):
         """r(t): share of each layer that an update drops and grows."""
         return cosine(progress.fraction, self.drop_fraction, self.drop_fraction_end)
 
+    def remedy(self, progress: Progress) -> str:
+        """The schedule, with what it asks for now."""
+        wanted = self.density_at(progress)
+        return f"The schedule asks for a density of {wanted:.3g} now. {super().remedy(progress)}"
+
     def update(
         self, sites: Sequence[Site], progress: Progress, generator: torch.Generator
     ) -> list[SupportChange]:
         """Prune to the schedule, then drop and grow within each layer."""
-        total = round(self.density_at(progress) * sum(site.original_numel for site in sites))
+        shapes = [site.original_places for site in sites]
+        supports = [site.places for site in sites]
+        total = round(self.density_at(progress) * sum(shape.numel() for shape in shapes))
         count: Count = total
         if self.scope == "layer":
-            shapes = [site.original_shape for site in sites]
-            active = [site.nonzeros for site in sites]
-            count = allocate(self.distribution, shapes, total, at_most=active)
-        weights = [site.weight for site in sites]
-        survivors = prune_to(weights, [site.support for site in sites], count)
+            count = allocate(self.distribution, shapes, total, at_most=sizes(supports))
+        magnitudes = [site.magnitude for site in sites]
+        survivors = prune_to(magnitudes, supports, count)
         moved = share(self.drop_rate(progress), sizes(survivors), "layer")
-        kept = drop_smallest(weights, survivors, moved)
+        kept = drop_smallest(magnitudes, survivors, moved)
         gradients = [site.gradient_magnitude for site in sites]
         changes = grow_largest(gradients, moved, kept, survivors, revive=True)
         return [SupportChange(*change) for change in changes]

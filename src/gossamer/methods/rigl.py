@@ -64,6 +64,8 @@ class RigL(Method):
         t_end: Fraction of training after which the support stays as it is. ITOP: 1.
         scope: "layer" keeps each layer's count; "global" ranks the weights and the gradients of all
             layers together, so that counts move between layers.
+        block: Consecutive outputs that are kept or pruned together: 16 is what sparse kernels
+            run fastest on a CPU (docs/block.md). Densities then count blocks.
     """
 
     density: float = 0.1
@@ -73,6 +75,7 @@ class RigL(Method):
     drop_fraction_end: float = 0.0
     t_end: float = 0.75
     scope: str = "layer"
+    block: int = 1
 
     def __post_init__(self) -> None:
         check_range(self, "density", 0, 1, open_low=True)
@@ -83,6 +86,7 @@ class RigL(Method):
         check_range(self, "drop_fraction_end", 0, 1)
         check_range(self, "t_end", 0, 1, open_low=True)
         check_choice(self, "scope", SCOPES)
+        check_range(self, "block", 1, math.inf, whole=True)
 
     @property
     def cost(self) -> Cost:
@@ -94,8 +98,8 @@ class RigL(Method):
         return allocate_density(self.distribution, shapes, self.density)
 
     def attach(self, weight: nn.Parameter, count: int, generator: torch.Generator) -> Masked:
-        """A uniformly random mask with exactly `count` ones."""
-        return Masked(weight, random_mask(weight.shape, count, generator))
+        """A uniformly random mask with exactly `count` places."""
+        return Masked(weight, random_mask(weight.shape, count, generator, self.block))
 
     def validate(self, widths: Mapping[str, int], total_steps: int) -> None:
         """Raise ValueError when the run is over before the first update."""
@@ -119,9 +123,9 @@ class RigL(Method):
         self, sites: Sequence[Site], progress: Progress, generator: torch.Generator
     ) -> list[SupportChange]:
         """Drop the smallest magnitudes, grow as many of the largest gradients."""
-        supports = [site.support for site in sites]
+        supports = [site.places for site in sites]
         moved = share(self.drop_rate(progress), sizes(supports), self.scope)
-        kept = drop_smallest([site.weight for site in sites], supports, moved)
+        kept = drop_smallest([site.magnitude for site in sites], supports, moved)
         gradients = [site.gradient_magnitude for site in sites]
         changes = grow_largest(gradients, moved, kept, supports, revive=True)
         return [SupportChange(*change) for change in changes]

@@ -104,6 +104,9 @@ class SET(Method):
         t_end: Fraction of training after which the support stays as it is.
         scope: "layer" keeps each layer's count; "global" ranks and grows over all layers together,
             so that counts move between layers.
+        block: Consecutive outputs that are kept or pruned together: 16 is what sparse kernels
+            run fastest on a CPU (docs/block.md). Densities then count blocks. Above 1 it needs
+            drop="magnitude": a block has no sign.
     """
 
     density: float = 0.1
@@ -114,6 +117,7 @@ class SET(Method):
     drop_fraction_end: float | None = None
     t_end: float = 1.0
     scope: str = "layer"
+    block: int = 1
 
     def __post_init__(self) -> None:
         check_range(self, "density", 0, 1, open_low=True)
@@ -126,6 +130,12 @@ class SET(Method):
             check_range(self, "update_interval", 1, math.inf, whole=True)
         if self.drop_fraction_end is not None:
             check_range(self, "drop_fraction_end", 0, 1)
+        check_range(self, "block", 1, math.inf, whole=True)
+        if self.block > 1 and self.drop == "signed":
+            raise ValueError(
+                f'SET: drop="signed" drops by sign, and a block of {self.block} weights has none: '
+                'give drop="magnitude"'
+            )
 
     @property
     def cost(self) -> Cost:
@@ -137,8 +147,8 @@ class SET(Method):
         return allocate_density(self.distribution, shapes, self.density)
 
     def attach(self, weight: nn.Parameter, count: int, generator: torch.Generator) -> Masked:
-        """A uniformly random mask with exactly `count` ones."""
-        return Masked(weight, random_mask(weight.shape, count, generator))
+        """A uniformly random mask with exactly `count` places."""
+        return Masked(weight, random_mask(weight.shape, count, generator, self.block))
 
     def validate(self, widths: Mapping[str, int], total_steps: int) -> None:
         """Raise ValueError when the run is over before the first update."""
@@ -159,9 +169,9 @@ class SET(Method):
         self, sites: Sequence[Site], progress: Progress, generator: torch.Generator
     ) -> list[SupportChange]:
         """Drop what is nearest to zero, grow as many elsewhere."""
-        weights = [site.weight for site in sites]
+        weights = [site.weight if self.block == 1 else site.magnitude for site in sites]
         scores = random_scores(weights, generator)
-        supports = [site.support for site in sites]
+        supports = [site.places for site in sites]
         rate, signed = self.drop_rate(progress), self.drop == "signed"
         if self.scope == "global":
             changes = evolve(weights, supports, scores, rate, signed=signed)

@@ -43,6 +43,7 @@ from gossamer.method import (
 )
 from gossamer.ops import random_mask
 from gossamer.schedules import cosine
+from gossamer.sharding import whole
 from gossamer.site import Site
 from gossamer.sparse_weight import Masked
 
@@ -57,11 +58,11 @@ def momentum_shares(momenta: Sequence[Tensor], supports: Sequence[Tensor]) -> li
     Equal shares while all momenta are zero.
     """
     means = [
-        float((momentum.abs() * support).sum(dtype=torch.float64)) / max(1, active)
+        float(whole((momentum.abs() * support).sum(dtype=torch.float64))) / max(1, active)
         for momentum, support, active in zip(momenta, supports, sizes(supports), strict=True)
     ]
-    whole = math.fsum(means)
-    return [mean / whole if whole else 1 / len(means) for mean in means]
+    total = math.fsum(means)
+    return [mean / total if total else 1 / len(means) for mean in means]
 
 
 def drop_counts(

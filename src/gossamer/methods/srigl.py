@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.allocation import DISTRIBUTIONS, allocate
-from gossamer.exploration import drop_smallest, select, update_steps
+from gossamer.exploration import drop_smallest, select, sizes, update_steps
 from gossamer.method import Cost, Method, Progress, SupportChange, check_choice, check_range
 from gossamer.schedules import cosine
+from gossamer.sharding import is_sharded, like_local, local, whole
 from gossamer.site import Site
 from gossamer.sparse_weight import Masked
 
@@ -41,6 +42,9 @@ def largest_per_row(scores: Tensor, counts: Tensor, among: Tensor) -> Tensor:
         counts: `(rows,)`, none above the row's candidates.
         among: `(rows, n)` bool: the candidates.
     """
+    if is_sharded(scores):
+        chosen = largest_per_row(local(scores), local(counts), local(among))
+        return like_local(chosen, among)
     ranked = scores.masked_fill(~among, -math.inf).sort(dim=1, descending=True, stable=True)
     first = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
     return torch.zeros_like(among).scatter_(1, ranked.indices, first)
@@ -60,7 +64,7 @@ def neurons_to_keep(
             index.
     """
     stay = live & (salient >= max(1, math.ceil(gamma_sal * fan_in - 1e-9)))
-    if int(stay.sum()) >= at_least:
+    if int(whole(stay.sum())) >= at_least:
         return stay
     return select([salient], at_least, [live])[0]
 
@@ -89,11 +93,11 @@ def rewire(
     shape = weight.shape
     weight, support, wish = (x.detach().flatten(1) for x in (weight, support, gradient))
     live = support.any(1)
-    active, neurons = int(support.sum()), int(live.sum())
+    active, neurons = sizes([support, live])
     moved = math.floor(drop_fraction * active + 1e-9)
     (kept,) = drop_smallest([weight], [support], [moved])
     if gamma_sal is not None:
-        (wanted,) = select([wish], moved, [live[:, None] & ~kept])
+        (wanted,) = select([wish], moved, [live.unsqueeze(1) & ~kept])
         live = neurons_to_keep(
             (kept | wanted).sum(1),
             live,
@@ -101,9 +105,9 @@ def rewire(
             gamma_sal=gamma_sal,
             at_least=max(1, math.ceil(budget / weight.shape[1])),
         )
-    kept = kept & live[:, None]
-    missing = budget // int(live.sum()) - kept.sum(1)
-    grown = largest_per_row(wish, missing.where(live, 0), live[:, None] & ~kept)
+    kept = kept & live.unsqueeze(1)
+    missing = budget // int(whole(live.sum())) - kept.sum(1)
+    grown = largest_per_row(wish, missing * live, live.unsqueeze(1) & ~kept)
     return SupportChange((kept | (grown & support)).view(shape), (grown & ~support).view(shape))
 
 

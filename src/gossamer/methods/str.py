@@ -62,6 +62,15 @@ class STR(Targeted):
         """Thresholds at `sigmoid(s_init)`."""
         return SoftThreshold(weight, self.granularity, self.s_init)
 
+    def remedy(self, progress: Progress) -> str:
+        """The decay of the thresholds, or the target."""
+        if self.target_density is not None:
+            return super().remedy(progress)
+        return (
+            f"Weight decay draws thresholds up, from STR(s_init={self.s_init:g}): give them less "
+            "(Sparsifier.parameter_groups, threshold_decay), a lower s_init, or a target_density"
+        )
+
     def advance(
         self,
         sites: Sequence[Site],

@@ -35,7 +35,7 @@ from gossamer.method import (
 from gossamer.ops import keep_largest
 from gossamer.schedules import DECAYS, anneal
 from gossamer.site import Site
-from gossamer.sparse_weight import SparseWeight
+from gossamer.sparse_weight import SparseWeight, for_forward
 
 __all__ = ["Nested", "TopKAST", "exploration_penalty", "nested_sets", "nested_weight"]
 
@@ -110,7 +110,8 @@ class Nested(SparseWeight):
 
     def forward(self, weight: Tensor) -> Tensor:
         """`weight` on A, zero elsewhere."""
-        return nested_weight(weight, self.inner, self.outer, self.alpha)
+        inner, outer = for_forward(self.inner, weight), for_forward(self.outer, weight)
+        return nested_weight(weight, inner, outer, self.alpha)
 
     def support(self, weight: Tensor) -> Tensor:
         """A; an averaged mask (EMA of buffers) counts from one half up."""
@@ -119,6 +120,11 @@ class Nested(SparseWeight):
     def learns(self, weight: Tensor) -> Tensor:
         """B while alpha is above 0, else A."""
         return self.outer > 0.5 if bool(self.alpha > 0) else self.support(weight)
+
+    @property
+    def keeps_count(self) -> bool:
+        """A has as many weights all the time."""
+        return True
 
     def figures(self) -> dict[str, Tensor]:
         """`alpha`."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.channels import Change, Cut, Setting
+from gossamer.reading import reading, short
 from gossamer.shrink.slice import Undo, apply_cuts, size_of
 
 __all__ = ["Plan"]
@@ -126,32 +127,34 @@ class Plan:
     def from_dict(cls, data: Any) -> Plan:
         """The plan that `to_dict` wrote. Raises ValueError when `data` is anything else."""
         plan = cls()
-        try:
+        with reading(
+            f"this is not a plan that Gossamer reads ({_FORMAT} version {_VERSION}): it",
+            "take one that Plan.to_dict() or to_json() wrote",
+        ):
             if data["format"] != _FORMAT or data["version"] != _VERSION:
-                raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
+                said = short(data["format"]), short(data["version"])
+                raise ValueError(f"format {said[0]}, version {said[1]}")
             for row in data["cuts"]:
-                full, kept = row["of"], row["kept"]
+                full, kept, places = row["of"], row["kept"], short(str(row["places"]))
                 if not all(type(position) is int for position in (full, *kept)):
-                    raise ValueError(f"kept positions of {row['places']!r} are not whole numbers")
+                    raise ValueError(f"kept positions of {places} are not whole numbers")
                 ascending = all(a < b for a, b in pairwise(kept))
                 if not kept or not ascending or kept[0] < 0 or kept[-1] >= full:
-                    raise ValueError(
-                        f"kept positions of {row['places']!r} are not ascending in [0, {full})"
-                    )
+                    raise ValueError(f"kept positions of {places} are not ascending below {full}")
                 for tensor, dim in row["places"]:
                     if type(tensor) is not str or type(dim) is not int or dim < 0:
-                        raise ValueError(f"dimension {dim!r} of {tensor!r}")
+                        raise ValueError(f"dimension {short(dim)} of {short(tensor)}")
+                    if (tensor, dim) in plan._kept:
+                        raise ValueError(f"dimension {dim} of {tensor!r} is there twice")
                     plan._full[tensor, dim] = full
                     plan._kept[tensor, dim] = torch.tensor(kept, dtype=torch.int64)
             for row in data["settings"]:
-                before, after = row["of"], row["now"]
+                place, before, after = (row["module"], row["attribute"]), row["of"], row["now"]
+                if not all(type(name) is str for name in place):
+                    raise ValueError(f"a setting of {short(place[0])}: {short(place[1])}")
                 if not all(type(value) is int and value > 0 for value in (before, after)):
-                    raise ValueError(f"setting {row['attribute']!r} from {before!r} to {after!r}")
-                plan._settings[str(row["module"]), str(row["attribute"])] = (before, after)
-        except (TypeError, KeyError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"this is not a plan that Gossamer reads ({_FORMAT} version {_VERSION}): {error}"
-            ) from error
+                    raise ValueError(f"{place[1]} from {short(before)} to {short(after)}")
+                plan._settings[place] = (before, after)
         return plan
 
     @classmethod
@@ -159,6 +162,8 @@ class Plan:
         """The plan that `to_json` wrote. Raises ValueError when `text` is anything else."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"the plan is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"the plan is not JSON: {error}; take one that Plan.to_json() wrote"
+            ) from error
         return cls.from_dict(data)

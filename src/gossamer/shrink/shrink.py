@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from gossamer.shrink.verify import (
     tensor_along,
     try_cuts,
 )
-from gossamer.widths import block
+from gossamer.widths import block as channel_block
 
 __all__ = ["GroupReport", "Shrunk", "shrink", "unread"]
 
@@ -70,7 +71,12 @@ class Shrunk:
 
 
 def shrink(
-    model: nn.Module, example: Example, plan: Plan | None = None, *, multiple: int = 1
+    model: nn.Module,
+    example: Example,
+    plan: Plan | None = None,
+    *,
+    multiple: int = 1,
+    block: int = 1,
 ) -> Shrunk:
     """A copy of `model` without the channels that do nothing; outputs stay the same.
 
@@ -87,10 +93,14 @@ def shrink(
             continues it.
         multiple: Keep as many dead channels as make each width a multiple of this. Networks of odd
             widths can be slower than wider ones: 16 suits most hardware.
+        block: Cut outputs in whole blocks of so many neighbours only: what was trained with
+            `block=16`, and is zero in blocks, stays so.
 
     Raises:
         ValueError: The model is still parametrized, or cannot be traced; names the module.
     """
+    if block < 1:
+        raise ValueError(f"block={block}: give 1, or the block that was trained for: 16")
     if multiple < 1:
         raise ValueError(f"multiple={multiple}: give 1, or the widths that hardware likes: 8, 16")
     for name, module in model.named_modules():
@@ -107,11 +117,18 @@ def shrink(
     sample = probe(model, example)
     groups, refused = try_cuts(model, groups, sample)
     notes |= refused
+    units = {g.name: g.unit(block) for g in groups if g.name not in notes}
+    straddling = f"they do not make up whole blocks of {block} outputs"
+    notes |= {name: straddling for name, unit in units.items() if unit is None}
     folded: Counter[str] = Counter()
     while True:
         constants = fold_constants(slim, [g for g in groups if g.name not in notes], sample)
         folded.update(constants.channels)
-        dead = [(g, _removable(slim, g, multiple)) for g in groups if g.name not in notes]
+        dead = [
+            (g, _removable(slim, g, multiple, unit))
+            for g in groups
+            if g.name not in notes and (unit := units[g.name]) is not None
+        ]
         made = cut_verified(slim, dead, sample)
         notes.update(made.refused)
         for cuts in made.batches:
@@ -140,9 +157,12 @@ def _note(locked: str | None, folded: int, silent: str | None) -> str:
     return "; ".join(parts)
 
 
-def _removable(model: nn.Module, group: ChannelGroup, multiple: int) -> Tensor:
+def _removable(model: nn.Module, group: ChannelGroup, multiple: int, unit: int) -> Tensor:
     dead = unread(model, group)
-    size = block(group.channels, group.producers[0].index.shape[1], multiple)
+    if unit > 1:
+        dead = dead.view(-1, unit).all(1).repeat_interleave(unit)
+    size = channel_block(group.channels, group.producers[0].index.shape[1], multiple)
+    size = math.lcm(size, unit)
     left = max(1, int((~dead).sum()))  # a layer without channels is none
     left += -left % size
     return dead.nonzero().squeeze(1)[max(0, left - int((~dead).sum())) :]
