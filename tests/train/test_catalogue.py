@@ -1,12 +1,9 @@
-"""`gossamer methods`: what it says of each method, the cards, and that a wheel brings them."""
+"""`gossamer methods`: what it says of each method, and the cards."""
 
 import io
 import json
 import re
-import shutil
-import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -137,27 +134,3 @@ def test_unknown_and_missing(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(catalogue.resources, "files", lambda _: tmp_path)
     assert cli.main(["methods", "chase"]) == 1
     assert "lacks the card of chase" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_wheel_brings_the_cards(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info"))
-    build = "from setuptools import build_meta; build_meta.build_wheel('.')"
-    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
-    (wheel,) = source.glob("*.whl")
-    with zipfile.ZipFile(wheel) as file:
-        file.extractall(tmp_path / "installed")
-    code = "from gossamer.train.cli import main; raise SystemExit(main(['methods', 'chase']))"
-    shown = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path / "installed")},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert shown.stdout == card("chase")

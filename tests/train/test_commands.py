@@ -138,25 +138,6 @@ def test_export(to, name, sparse, tmp_path, capsys):
     assert found["verified"]["difference"] <= found["verified"]["tolerance"]
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        ("shrink none.safetensors --out OUT", 1, "there is no file or run folder none.safetensors"),
-        ("export resnet2", 1, "no model is called 'resnet2'"),
-        ("export lenet5 --to safetensors", 2, "say with --out FILE where to write"),
-        ("export lenet5 --to program --opset 18", 2, "--opset 18 is for --to onnx, not --to prog"),
-        ("export lenet5 --batch 0 --out OUT", 1, "batch=0: give at least 1"),
-        ("check lenet5 --pattern 2of4", 2, "--pattern 2of4: give N:M, such as 2:4"),
-        ("check lenet5 --pattern 4:2", 1, "4:2 is no pattern"),
-        ("check os:getcwd --in_shape 1 8 8", 1, "os:getcwd returned a str; wanted a torch.nn.Mod"),
-    ],
-)
-def test_errors_are_one_line(words, code, message, tmp_path, capsys):
-    words = words.replace("OUT", str(tmp_path / "out"))
-    assert message in fails(capsys, code, *words.split())
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_onnx_is_an_extra(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     error = fails(capsys, 1, "export", "lenet5", "--out", tmp_path / "lenet5.onnx")

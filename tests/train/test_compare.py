@@ -168,7 +168,7 @@ def test_values_that_are_refused(compared, tmp_path, capsys):
         compared(densities=[1.5])
     assert cli.main(["compare", str(tmp_path / "tiny.yaml")]) == 1
     assert cli.main(["compare", str(tmp_path / "none.yaml")]) == 1
-    assert "there is no comparison file" in capsys.readouterr().err
+    assert "there is no file " in capsys.readouterr().err
     (tmp_path / "tiny.yaml").write_text("method: chase\n")
     assert cli.main(["compare", str(tmp_path / "tiny.yaml")]) == 2
     assert "gossamer train --config" in capsys.readouterr().err

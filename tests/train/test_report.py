@@ -371,7 +371,7 @@ def test_names_are_escaped(undrawn, finished, tmp_path):
         ("config.yaml", "model: [", "is not YAML"),
         ("config.yaml", "model: x", "lacks baseline, data, epochs, method, seed"),
         ("summary.json", "{", "summary.json is damaged"),
-        ("summary.json", "[1]", "summary.json holds a list, not the figures of a run"),
+        ("summary.json", "[1]", "summary.json is damaged (it holds a list, wanted an object)"),
         ("summary.json", "{}", "do not fit together (KeyError: 'slim')"),
         ("summary.json", '{"slim": 5, "reference": {}}', "do not fit together"),
         ("metrics.csv", "epoch,val_loss\n1,much\n", "metrics.csv is damaged"),

@@ -1,6 +1,6 @@
 """The page of `gossamer report` in headless Chromium, as a reader opens it.
 
-Needs the package playwright, and a Chromium of the system: `apt-get install chromium`.
+Needs the package playwright and a Chromium; `make test` installs both, see tests/browser.py.
 """
 
 import shutil
@@ -8,15 +8,13 @@ import sys
 
 import pytest
 
+from browser import chromium
 from gossamer.train import cli
 
 sync_api = pytest.importorskip("playwright.sync_api")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 TINY = ["--model", "vgg-small", "--width", "0.25", "--epochs", "2", "--threads", "1"]
 TINY += ["--density", "0.2", "--channel_sparsity", "0.4", "--min_channels", "2"]
 SIZES = {"desktop": (1200, 900), "phone": (360, 740)}
@@ -59,11 +57,12 @@ def pages(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    if CHROMIUM is None:
+    path = chromium()
+    if path is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
         started = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+            executable_path=path, args=["--no-sandbox", "--disable-gpu"]
         )
         yield started
         started.close()

@@ -154,7 +154,7 @@ def test_metadata_stays_beside_the_plan(tmp_path):
         ({"spec": "TEXT"}, ValueError, "is not a whole safetensors file"),
         ({"spec": "FILE", "width": 0.5}, ValueError, "was made with width=0.25, not 0.5"),
         ({"spec": "FILE", "num_classes": 5}, ValueError, "made from another model"),
-        ({"spec": "DAMAGED"}, ValueError, "does not say what network it holds: KeyError"),
+        ({"spec": "DAMAGED"}, ValueError, r"DAMAGED is damaged \('in_shape' is missing\): name"),
         ({"spec": "lenet5", "model": "lenet5"}, ValueError, "and lenet5 is no file"),
         ({"spec": "lenet5", "batch": 0}, ValueError, "batch=0: give at least 1"),
         ({"spec": "mine:make"}, ValueError, "say what images it takes, with --in_shape C H W"),

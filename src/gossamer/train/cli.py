@@ -6,6 +6,7 @@ import difflib
 import json
 import shlex
 import sys
+import textwrap
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import gossamer
 from gossamer.registry import METHODS, method_info
-from gossamer.train.commands import bench, check, export, fail, print_table, quiet, report, shrink
+from gossamer.train.commands import (
+    bench,
+    check,
+    compile,
+    export,
+    fail,
+    print_table,
+    quiet,
+    report,
+    shrink,
+)
 
 if TYPE_CHECKING:
     from gossamer.train.catalogue import Entry
@@ -30,11 +41,14 @@ commands:
   report    one HTML page of one or more runs: curves, layers, channels, figures
   shrink    cut every channel that does nothing out of a model
   export    write a model as ONNX, torch.export program or safetensors, verified
+  compile   make a sparse model fast on this CPU: every layer by what is fastest here
   check     how sparse a model is, in what pattern, and what could be cut
   bench     time models in every engine at hand, or tell whether a cut will pay
   methods   list the sparse training methods, or show the card of one
+  recipes   list the settings that come with Gossamer, or show those of one
 
-example:
+examples:
+  gossamer train --config digits-chase
   gossamer train --method chase --density 0.1 --channel_sparsity 0.5 --model vgg-small --baseline
 """
 
@@ -43,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
     0: done. 1: it failed, and says why in one line. 2: the command line or configuration file
-    cannot be understood. 130: interrupted.
+    cannot be understood. 130, 143: interrupted, by Ctrl-C or SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = {
@@ -53,9 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report": report.run,
         "shrink": shrink.run,
         "export": export.run,
+        "compile": compile.run,
         "check": check.run,
         "bench": bench.run,
         "methods": _methods,
+        "recipes": _recipes,
     }
     try:
         if argv and argv[0] in commands:
@@ -157,32 +173,73 @@ def _list(entries: Sequence[Entry]) -> None:
         print(f"{each.name:<{width}}  " + f"\n{'':<{width}}  ".join(lines))
 
 
+def _recipes(argv: list[str]) -> int:
+    parser = ArgumentParser(
+        prog="gossamer recipes",
+        description="List the settings of runs and comparisons that come with Gossamer, or show "
+        "those of one.",
+        epilog="examples:\n  gossamer recipes\n  gossamer recipes digits-chase > mine.yaml\n  "
+        "gossamer train --config digits-chase\n  gossamer compare digits-compare",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", nargs="?", help="recipe to show")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+    wanted = parser.parse_args(argv)
+
+    from gossamer.train.recipes import about, recipe, recipe_names
+
+    try:
+        names = recipe_names() if wanted.name is None else [wanted.name]
+        texts = {name: recipe(name).read_text(encoding="utf-8") for name in names}
+    except OSError as error:
+        return fail(1, error)
+    if wanted.json:
+        rows = [{"name": name, "about": about(text), "text": text} for name, text in texts.items()]
+        print(json.dumps(rows if wanted.name is None else rows[0], indent=2))
+    elif wanted.name is not None:
+        print(texts[wanted.name], end="")
+    else:
+        width = max(map(len, names))
+        lines = (
+            textwrap.wrap(about(text), 100 - width - 2, break_on_hyphens=False)
+            for text in texts.values()
+        )
+        for name, (first, *others) in zip(names, lines, strict=True):
+            print(f"{name:<{width}}  {first}", *others, sep=f"\n{'':<{width}}  ")
+    return 0
+
+
 def _train(argv: list[str]) -> int:
+    from gossamer.collapse import CollapseError
     from gossamer.train.flags import UsageError, parse
-    from gossamer.train.folder import CONFIG, RunFolder
+    from gossamer.train.folder import CHECKPOINTS, CONFIG, RunFolder
     from gossamer.train.html import write_page
+    from gossamer.train.stop import Interrupted
 
     try:
         request = parse(argv)
     except UsageError as error:
         return fail(2, error)
-    except (ValueError, OSError) as error:
-        return fail(1, error)
-    try:
-        summary = _run(request)
-        write_page([request.config.folder], RunFolder(request.config.folder).page)
     except (ValueError, TypeError, OSError) as error:
         return fail(1, error)
-    except KeyboardInterrupt:
-        folder = request.config.folder
-        print("\ninterrupted", file=sys.stderr)
-        if (folder / CONFIG).exists():
-            print(
-                "to go on from the last whole epoch:\n"
-                f"    gossamer train --resume --out {shlex.quote(str(folder))}",
-                file=sys.stderr,
-            )
-        return 130
+    folder = request.config.folder
+    try:
+        summary = _run(request)
+        write_page([folder], RunFolder(folder).page)
+    except (ValueError, TypeError) as error:
+        return fail(1, error)
+    except (OSError, FloatingPointError, CollapseError) as error:
+        code = fail(1, error)
+        asked = isinstance(error, OSError) and error.errno is None  # for what is not to be had
+        if not asked and any((folder / CHECKPOINTS).glob("*.ckpt")):
+            print(f"gossamer: {_go_on(folder)}", file=sys.stderr)
+        return code
+    except KeyboardInterrupt as stop:
+        signal, saved = (stop.number, stop.saved) if isinstance(stop, Interrupted) else (2, "")
+        told = f" ({saved})" if saved else ""
+        on = f"; {_go_on(folder)}" if (folder / CONFIG).exists() else ""
+        print(f"\ninterrupted{told}{on}", file=sys.stderr)
+        return 128 + signal
     if request.as_json:
         print(json.dumps(summary, indent=2))
     else:
@@ -190,17 +247,21 @@ def _train(argv: list[str]) -> int:
     return 0
 
 
+def _go_on(folder: Path) -> str:
+    return f"to go on: gossamer train --resume --out {shlex.quote(str(folder))}"
+
+
 def _compare(argv: list[str]) -> int:
     parser = ArgumentParser(
         prog="gossamer compare",
         description="Train several methods at several densities and seeds, and their dense twin.",
-        epilog="example:\n  gossamer compare recipes/digits-compare.yaml\n\nThe file lists "
+        epilog="example:\n  gossamer compare digits-compare\n\nThe file lists "
         "`methods`, `densities` and `seeds`, and has the settings of gossamer train\nthat all "
         "share. What is finished is not run again; after an interruption the same\ncommand goes "
         "on.",
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", metavar="FILE", help="YAML file that says what to compare")
+    parser.add_argument("file", metavar="FILE", help="YAML file, or recipe, of a comparison")
     parser.add_argument("--out", metavar="DIR", help="folder (default: runs/<name of FILE>)")
     parser.add_argument(
         "--jobs",
@@ -215,10 +276,11 @@ def _compare(argv: list[str]) -> int:
 
     from gossamer.train.compare import compare, failures, means, read
     from gossamer.train.flags import UsageError
+    from gossamer.train.recipes import settings_file
     from gossamer.train.report import HEADER
 
     try:
-        comparison = read(Path(wanted.file), wanted.out)
+        comparison = read(settings_file(wanted.file), wanted.out)
         rows = compare(
             comparison,
             jobs=wanted.jobs,

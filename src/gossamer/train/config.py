@@ -7,6 +7,7 @@ whatever its dataclass says; nothing about a method is written down in this room
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -29,7 +30,10 @@ __all__ = [
 ]
 
 # What may differ when a run is resumed: it changes neither network nor schedule.
-_FREE = ("out", "baseline", "threads", "device", "tensorboard")
+_FREE = ("out", "baseline", "threads", "device", "tensorboard", "checkpoint_minutes", "on_collapse")
+
+
+_MOST_THREADS = 1024  # far more than cores would crash the process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,10 @@ class TrainConfig:
         keep_channels: Patterns of layer names whose output channels all stay.
         baseline: Train the dense twin as well: same network, seed, data and epochs.
         tensorboard: Write the columns of metrics.csv for TensorBoard too, in the run folder.
+        checkpoint_minutes: Time between checkpoints within an epoch, and so what a crash can cost;
+            0 writes one after every step. There is one after every epoch anyway.
+        on_collapse: What to do about a layer that keeps next to no weight: "warn", "hold" it at its
+            floor, or "stop" the run.
         out: Run folder; None: runs/<data>-<model>-<method>-s<seed>.
     """
 
@@ -104,6 +112,8 @@ class TrainConfig:
     keep_channels: tuple[str, ...] = ()
     baseline: bool = False
     tensorboard: bool = False
+    checkpoint_minutes: float = 10.0
+    on_collapse: Literal["warn", "hold", "stop"] = "warn"
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -112,14 +122,20 @@ class TrainConfig:
         for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least {least}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads}: give at least 1")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is not None:
+                raise ValueError(f"{field.name} has no value: give one, or leave it out")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name}={value}: give a finite number")
+        if self.threads is not None and not 1 <= self.threads <= _MOST_THREADS:
+            raise ValueError(f"threads={self.threads}: give 1 to {_MOST_THREADS}")
         if self.lr <= 0:
             raise ValueError(f"lr={self.lr}: give a learning rate above 0")
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give a value in [0, 1)")
-        for name in ("weight_decay", "threshold_decay"):
+        for name in ("weight_decay", "threshold_decay", "checkpoint_minutes"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 0")
         if self.warmup_epochs >= self.epochs:
@@ -185,7 +201,9 @@ def check_names(names: Iterable[str], info: MethodInfo) -> None:
 
 def check_unchanged(file: Path, config: TrainConfig, method: Method) -> None:
     """Raise ValueError, with what differs, unless `file` holds the settings of this same run."""
-    before, now = read_yaml(file), to_dict(config, method)
+    now = to_dict(config, method)
+    # What an older version did not know, it did as is done by default.
+    before = to_dict(TrainConfig(), type(method)()) | read_yaml(file)
     for key in (*now, *before):
         if key not in _FREE and before.get(key) != now.get(key):
             raise ValueError(
@@ -203,14 +221,25 @@ def to_yaml(config: TrainConfig, method: Method) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, unchecked. Raises ValueError when it holds anything else."""
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with path.open(encoding="utf-8") as file:
+            values = yaml.load(file, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"{path} holds a {type(values).__name__}; wanted lines of `name: value`")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Without aliases (*name): settings need none, and a few of them can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The node; raises YAMLError where it is an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it uses an alias (*name): write the value out")
+        return super().compose_node(parent, index)
 
 
 def _frozen(value: Any) -> Any:

@@ -408,14 +408,23 @@ class Batches:
         self.drop_last = drop_last
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.epoch = 0
+        self._given = self._first = 0
 
     def __len__(self) -> int:
         batches = len(self.labels) / self.batch_size
         return math.floor(batches) if self.drop_last else math.ceil(batches)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, that the next iteration gives."""
-        self.epoch = epoch
+        """Choose the epoch, from 0, that the next iteration gives, from its first batch on."""
+        self.epoch, self._first = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the iteration stands, as plain data."""
+        return {"epoch": self.epoch, "given": self._given}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Have the next iteration go on where another stood."""
+        self.epoch, self._first = int(state["epoch"]), int(state["given"])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n, device = len(self.labels), self.images.device
@@ -426,11 +435,13 @@ class Batches:
         corners = torch.randint(2 * self.crop_padding + 1, (2, n), generator=generator)
         flipped = (torch.rand(n, generator=generator) < 0.5) & self.flip
         order, corners, flipped = order.to(device), corners.to(device), flipped.to(device)
-        for batch in range(len(self)):
+        first, self._first = self._first, 0
+        for batch in range(first, len(self)):
             chosen = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
             x = self.images[order[chosen]]
             if self.augment:
                 top, left = corners[:, chosen]
                 x = crop_and_flip(x, top, left, flipped[chosen], self.crop_padding)
             x = x.float().sub_(self.mean).div_(self.std)
+            self._given = batch + 1
             yield x.contiguous(memory_format=self.memory_format), self.labels[order[chosen]]

@@ -1,42 +1,47 @@
 """Training one network, dense or sparse, with Lightning underneath.
 
 What makes a run repeat bit for bit and resume as if it had not stopped: batches and dropout are
-drawn anew from (seed, epoch) at the start of every epoch, and checkpoints are made at its end.
+drawn anew from (seed, epoch) at the start of every epoch. Checkpoints are made at its end and,
+every few minutes, within it; those know which batches were given, and the state of the generators.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import pickle
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gossamer.integrations.lightning import SparsifyCallback
+from gossamer.collapse import CollapseWarning
+from gossamer.finite import check_weights
+from gossamer.integrations.lightning import FiniteLoss, SparsifyCallback
 from gossamer.measure.channels import channel_stats
 from gossamer.measure.topology import Topology
-from gossamer.shrink.file import write_whole
+from gossamer.reading import reading
 from gossamer.site import Site
 from gossamer.sparsifier import Sparsifier
+from gossamer.train.checkpoints import FORMAT, WholeFiles, check_network, newest, read
 from gossamer.train.config import TrainConfig
 from gossamer.train.data import Batches
 from gossamer.train.folder import RunFolder
+from gossamer.train.stop import Stop
 from gossamer.train.work import Work
 
-__all__ = ["History", "Row", "Watcher", "fit", "make_optimizer", "rate"]
+__all__ = ["History", "Row", "Watcher", "fit", "make_optimizer", "rate", "write_history"]
 
 Row = dict[str, float]
 
@@ -88,6 +93,7 @@ def fit(
     watcher: Watcher,
     sparsifier: Sparsifier | None = None,
     resume: bool = False,
+    stop: Stop | None = None,
 ) -> History:
     """Train `model` in place, from its newest checkpoint if `resume`; returns its history.
 
@@ -103,22 +109,34 @@ def fit(
         work: Counts `macs_training`.
         watcher: Is told how it goes.
         sparsifier: Of `model`; None trains it dense.
-        resume: Load the newest checkpoint, if there is one.
+        resume: Load the newest whole checkpoint, if there is one.
+        stop: Is looked at after every step; a checkpoint is written when it asks to end.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the checkpoint of the last whole epoch is there.
+        FloatingPointError: The loss is not finite; says since when, and from which layer on.
+        CollapseError: A layer fell below its floor, and the Sparsifier was to stop then.
+        Interrupted: A signal asked to end; the checkpoint says after which step.
+        KeyboardInterrupt: Something else broke it off; the checkpoints before are there.
         ValueError: The checkpoint is damaged, or does not belong to this run.
         OSError: A file could not be written; the one before it is still whole.
     """
-    checkpoint = folder.checkpoint(network)
-    start = checkpoint if resume and checkpoint.exists() else None
+    stop = stop or Stop()
+    files_there = (folder.checkpoint(network), folder.previous(network))
+    start = newest(files_there, watcher.noted) if resume else None
     if start is not None:
-        _check(start, model, sparse=sparsifier is not None)
+        checkpoint = read(start)
+        if sparsifier is None:  # what belongs to a sparse one, the Sparsifier checks
+            check_network(start, checkpoint, model)
+        del checkpoint
     sparsify = None if sparsifier is None else SparsifyCallback(sparsifier, log=False)
     module = _Classifier(network, model, config, train, work, watcher, sparsify)
-    callbacks: list[Callback] = [_SaveEpoch(folder, module)]
+    callbacks: list[Callback] = [_Save(folder, module, stop), FiniteLoss(model)]
     if sparsify is not None:
         callbacks.append(sparsify)
+    files = WholeFiles(folder.previous(network), whole=start in (None, folder.checkpoint(network)))
+    plugins: list[Any] = [files]
+    if SLURMEnvironment.detect():  # else Lightning writes, and prefers, checkpoints of its own
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     trainer = Trainer(
         accelerator="gpu" if train.images.is_cuda else "cpu",
         devices=1,
@@ -127,21 +145,58 @@ def fit(
         num_sanity_val_steps=0,
         logger=False,
         callbacks=callbacks,
-        plugins=[_WholeFiles()],
+        plugins=plugins,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder.path,
     )
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(module, train, val, ckpt_path=start)
-    except SystemExit as stopped:  # what Lightning makes of Ctrl-C and of SIGTERM
+        with _noted(watcher):
+            trainer.fit(module, train, val, ckpt_path=start)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error}. {_good(folder.checkpoint(network))}") from error
+    except SystemExit as stopped:  # what Lightning makes of a KeyboardInterrupt
+        stop.check()
         raise KeyboardInterrupt from stopped
     finally:
+        stop.waits = False
         watcher.ended()
         if signal.getsignal(signal.SIGINT) is not on_interrupt:
             signal.signal(signal.SIGINT, on_interrupt)
+    stop.check()
     return module.history
+
+
+def write_history(folder: RunFolder, network: str, history: History) -> None:
+    """Write metrics.csv and layers.csv. Raises OSError, with both as they were."""
+    if history.rows:
+        folder.write_rows(folder.metrics(network), history.rows)
+    if history.layers:
+        folder.write_rows(folder.layers, history.layers)
+
+
+@contextmanager
+def _noted(watcher: Watcher) -> Iterator[None]:
+    """A layer's collapse is told to the watcher, not as a warning with a line of source."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, CollapseWarning):
+                watcher.noted(f"warning: {message}")
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = tell
+        yield
+
+
+def _good(path: Path) -> str:
+    """The last checkpoint, in words."""
+    if not path.exists():
+        return "There is no checkpoint yet"
+    return f"The last good checkpoint is {path}, after step {read(path)['global_step']}"
 
 
 def make_optimizer(
@@ -174,17 +229,19 @@ class _Classifier(LightningModule):
         self.history = History()
         self.work = work
         self.network = network
-        self._settings = config
+        self.settings = config
         self._batches = batches
         self._watcher = watcher
         self._sparsifier = None if sparsify is None else sparsify.sparsifier
         self._topology = None if sparsify is None else sparsify.topology
         self._started = 0.0
         self._sums = {"train": _Sums(), "val": _Sums()}
+        self._within: dict[str, Any] | None = None
+        self.step_in_epoch = 0
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer, and a learning rate that changes with every step."""
-        config = self._settings
+        config = self.settings
         optimizer = make_optimizer(config, self.model, self._sparsifier)
         steps = len(self._batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -196,27 +253,37 @@ class _Classifier(LightningModule):
         }
 
     def on_train_start(self) -> None:
-        """Tell the watcher what is coming; note what training starts from."""
-        epochs = self._settings.epochs
-        self._watcher.started(self.network, epochs, len(self._batches), self.current_epoch)
-        if self.current_epoch == 0:
+        """Tell the watcher what is coming; note what training starts from, or go on within."""
+        epochs, steps = self.settings.epochs, len(self._batches)
+        within, self._within = self._within, None
+        if within is not None:
+            self._watcher.noted(
+                f"{self.network}: goes on in epoch {self.current_epoch + 1} of {epochs}, after "
+                f"step {within['step']} of {steps}"
+            )
+        self._watcher.started(self.network, epochs, steps, self.current_epoch)
+        if within is not None:
+            self._go_on(within)
+        elif self.current_epoch == 0:
             self.history.start = self._look(0)
 
     def on_train_epoch_start(self) -> None:
         """The epoch's own batches and its own dropout, whatever ran before."""
         epoch = self.current_epoch
         self._batches.set_epoch(epoch)
-        (mixed,) = np.random.SeedSequence((self._settings.seed, epoch)).generate_state(1, np.uint64)
+        (mixed,) = np.random.SeedSequence((self.settings.seed, epoch)).generate_state(1, np.uint64)
         torch.manual_seed(int(mixed) >> 1)
         self._sums = {"train": _Sums(), "val": _Sums()}
         self._started = time.perf_counter()
+        self.step_in_epoch = 0
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         """The loss of one batch."""
         images, labels = batch
         logits = self.model(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self._settings.label_smoothing)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
         self._sums["train"].add(loss, logits, labels)
+        self.step_in_epoch += 1
         self.work.add(len(labels))
         if self._sparsifier is None:
             return loss
@@ -236,11 +303,11 @@ class _Classifier(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Close the epoch's row."""
         train, val = self._sums["train"], self._sums["val"]
-        made = rate(self._settings, self.global_step - 1, len(self._batches))
+        made = rate(self.settings, self.global_step - 1, len(self._batches))
         row: Row = {
             "epoch": self.current_epoch + 1,
             "step": self.global_step,
-            "lr": self._settings.lr * made,
+            "lr": self.settings.lr * made,
             "train_loss": train.loss,
             "train_accuracy": train.accuracy,
             "val_loss": val.loss,
@@ -254,13 +321,42 @@ class _Classifier(LightningModule):
         self._watcher.epoch_ended(row)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the epochs so far."""
-        checkpoint["gossamer"] = {"history": vars(self.history), "work": self.work.state_dict()}
+        """Add the epochs so far and, within one, how far that one has come."""
+        ended = len(self.history.rows) > self.current_epoch
+        checkpoint["gossamer"] = {
+            "format": FORMAT,
+            "history": vars(self.history),
+            "work": self.work.state_dict(),
+            "within": None if ended else self._where(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the epochs so far."""
-        self.history = History(**checkpoint["gossamer"]["history"])
-        self.work.load_state_dict(checkpoint["gossamer"]["work"])
+        """Take up the epochs so far, and the one that had begun."""
+        with reading("what the checkpoint says of the run", "train from the start"):
+            state = checkpoint["gossamer"]
+            self.history = History(**state["history"])
+            self.work.load_state_dict(state["work"])
+            self._within = state.get("within")  # format 1 has none
+
+    def _where(self) -> dict[str, Any]:
+        """What an epoch needs to go on after this step, beside model, optimizer and batches."""
+        train = self._batches.images
+        return {
+            "step": self.step_in_epoch,
+            "sums": self._sums["train"].state_dict(),
+            "seconds": time.perf_counter() - self._started,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(train.device) if train.is_cuda else None,
+        }
+
+    def _go_on(self, within: dict[str, Any]) -> None:
+        self.step_in_epoch = within["step"]
+        self._sums = {"train": _Sums(), "val": _Sums()}
+        self._sums["train"].load_state_dict(within["sums"])
+        self._started = time.perf_counter() - within["seconds"]
+        torch.set_rng_state(within["random"])
+        if within["random_cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(within["random_cuda"])
 
     def _figures(self) -> Row:
         train = self._sums["train"]
@@ -348,6 +444,15 @@ class _Sums:
         self._hits = self._hits + (logits.detach().argmax(1) == labels).sum()
         self._count += len(labels)
 
+    def state_dict(self) -> dict[str, float]:
+        """Plain data to go on from; a float holds what a tensor of 32 bits does."""
+        return {"loss": float(self._loss), "hits": int(self._hits), "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._loss, self._hits = state["loss"], state["hits"]
+        self._count = int(state["count"])
+
     @property
     def loss(self) -> float:
         """Mean over the examples so far."""
@@ -373,64 +478,55 @@ def rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     return 1.0
 
 
-class _SaveEpoch(Checkpoint):
-    """Writes checkpoint and metrics when an epoch is over. Lightning runs it after all others."""
+class _Save(Checkpoint):
+    """Writes checkpoint and metrics when an epoch is over, and checkpoints within it: every few
+    minutes, and when the run is asked to end. Lightning runs it after all other callbacks.
+    """
 
-    def __init__(self, folder: RunFolder, module: _Classifier) -> None:
+    def __init__(self, folder: RunFolder, module: _Classifier, stop: Stop) -> None:
         self._folder = folder
         self._module = module
+        self._stop = stop
+        self._seconds = module.settings.checkpoint_minutes * 60
+        self._saved = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Signals come here from now on, and wait for the end of their step."""
+        self._saved = time.monotonic()
+        self._stop.attend()  # Lightning has put its own handler before ours
+        self._stop.waits = True
+        self._stop.check()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Write a checkpoint if it is time; raise Interrupted if the run is to end."""
+        if batch_idx + 1 == trainer.num_training_batches:
+            return  # validation follows, and the checkpoint of the whole epoch
+        asked = self._stop.number is not None
+        if asked or time.monotonic() - self._saved >= self._seconds:
+            self._save(trainer, f"step {trainer.global_step}")
+        if asked:
+            self._stop.check()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write both files."""
-        network = self._module.network
-        trainer.save_checkpoint(self._folder.checkpoint(network), weights_only=False)
-        history = self._module.history
-        self._folder.write_rows(self._folder.metrics(network), history.rows)
-        if history.layers:
-            self._folder.write_rows(self._folder.layers, history.layers)
+        """Write all files."""
+        self._save(trainer, f"epoch {trainer.current_epoch + 1}")
+        write_history(self._folder, self._module.network, self._module.history)
+        self._stop.check()
 
-
-class _WholeFiles(CheckpointIO):
-    """Checkpoint files appear whole or not at all, and nothing in them can run code."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        # Through memory: torch.save to a full disk raises a RuntimeError that names no file.
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        write_whole(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        Path(path).unlink(missing_ok=True)
-
-
-def _check(path: Path, model: nn.Module, sparse: bool) -> None:
-    """Raise ValueError unless the checkpoint is whole, of a run, and of this network.
-
-    What belongs to a sparse network, the Sparsifier checks when Lightning restores it.
-    """
-    away = f"to train from the start, remove {path}"
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"the checkpoint {path} is damaged ({reason}); {away}") from error
-    if not isinstance(checkpoint, dict) or "gossamer" not in checkpoint:
-        raise ValueError(f"{path} is no checkpoint of `gossamer train`; {away}")
-    if sparse:
-        return
-    theirs = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
-    for name, tensor in model.state_dict(prefix="model.").items():
-        if theirs.get(name) != tensor.shape:
-            got = tuple(theirs[name]) if name in theirs else "nothing"
-            raise ValueError(
-                f"the checkpoint {path} is of another network: for {name.removeprefix('model.')} "
-                f"it has {got}, not {tuple(tensor.shape)}; {away}"
-            )
+    def _save(self, trainer: Trainer, after: str) -> None:
+        try:
+            check_weights(self._module.model, trainer.optimizers[0])
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"after {after}, {error}: no checkpoint of it is written"
+            ) from error
+        trainer.save_checkpoint(self._folder.checkpoint(self._module.network), weights_only=False)
+        self._saved = time.monotonic()
+        self._stop.saved = f"{self._module.network} network, after {after}"

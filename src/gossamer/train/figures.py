@@ -98,7 +98,7 @@ def deliver(sparsifier: Sparsifier, full: nn.Module, example: Tensor) -> Deliver
     sparse = expand(trained, full, sparsifier.plan)
     try:
         groups = find_groups(full, example)
-        cut = shrink(trained, example, sparsifier.plan)
+        cut = shrink(trained, example, sparsifier.plan, block=sparsifier.method.block)
     except ValueError as error:  # a method that needs no graph trains what cannot be traced
         return Delivered(sparse, trained, sparsifier.plan, supports, (), str(error))
     pools = {pool.name for pool in sparsifier.pools}

@@ -15,10 +15,12 @@ import docstring_parser
 import jsonargparse
 
 from gossamer.method import Method
+from gossamer.reading import short
 from gossamer.registry import MethodInfo, method_info
 from gossamer.train.config import TrainConfig, check_names, from_dict, read_yaml
 from gossamer.train.folder import CHECKPOINTS, CONFIG
 from gossamer.train.models import model_names
+from gossamer.train.recipes import settings_file
 from gossamer.train.trace import dense_losses
 
 __all__ = ["Request", "UsageError", "parse", "typed"]
@@ -26,7 +28,7 @@ __all__ = ["Request", "UsageError", "parse", "typed"]
 _EXAMPLES = """\
 examples:
   gossamer train --method chase --density 0.1 --channel_sparsity 0.5 --model vgg-small --baseline
-  gossamer train --config recipes/digits-chase.yaml --seed 1
+  gossamer train --config digits-chase --seed 1
   gossamer train --resume --out runs/digits-vgg-small-chase-s0
   gossamer train --method static --help
 """
@@ -35,6 +37,7 @@ examples:
 # Flags that are no settings: they are not kept in config.yaml.
 _SWITCHES = (
     ("resume", "go on from the newest checkpoint of the run folder"),
+    ("auto_resume", "go on with the run in the folder, or start it: for jobs that are restarted"),
     ("overwrite", "throw away what an earlier run has left in the run folder"),
     ("json", "print the summary as JSON on stdout"),
 )
@@ -79,9 +82,7 @@ def parse(argv: Sequence[str]) -> Request:
             given["config"] = str(saved)
     in_file: dict[str, Any] = {}
     if "config" in given:
-        if not Path(given["config"]).is_file():
-            raise FileNotFoundError(f"there is no configuration file {given['config']}")
-        in_file = read_yaml(Path(given["config"]))
+        in_file = read_yaml(settings_file(given["config"]))
 
     name = given.get("method") or str(in_file.get("method", TrainConfig.method))
     try:
@@ -101,14 +102,22 @@ def parse(argv: Sequence[str]) -> Request:
     except ValueError as error:
         raise UsageError(f"{given['config']}: {error}") from error
     parser = _parser(info)
-    values = parser.parse_args(argv).as_dict()
+    try:
+        values = parser.parse_args(_with_files(argv, empty=not in_file)).as_dict()
+    except UsageError as error:
+        name = str(error).partition(":")[0]
+        if name in in_file and name not in given:
+            raise UsageError(f"{given['config']}: {error}") from error
+        raise
 
     sparsity = values.pop("sparsity", None)
     if sparsity is not None and ("sparsity" in given or "density" not in given):
         if any({"density", "sparsity"} <= source.keys() for source in (given, in_file)):
             raise UsageError("density and sparsity say the same: give one of them")
         values["density"] = round(1 - sparsity, 12)
-    resume, overwrite, as_json = (values.pop(name) for name, _ in _SWITCHES)
+    resume, auto, overwrite, as_json = (values.pop(name) for name, _ in _SWITCHES)
+    if overwrite and (resume or auto):
+        raise UsageError("overwrite throws away what resume would go on with: give one of them")
     del values["config"]
     if resume and "config" in given and "out" not in given:
         folder = Path(given["config"]).parent
@@ -121,6 +130,7 @@ def parse(argv: Sequence[str]) -> Request:
             raise UsageError("dense_trace and dense_losses say the same: give one of them")
         losses = dense_losses(Path(trace), config, values["tune_end"])
         config, method = from_dict({**values, "dense_losses": losses})
+    resume = resume or (auto and (config.folder / CONFIG).exists())
     return Request(config, method, resume, overwrite, as_json)
 
 
@@ -147,7 +157,8 @@ def _check_lists(values: Mapping[str, Any], info: MethodInfo) -> None:
     for name, value in values.items():
         kind = _plain(hints.get(name))
         if get_origin(kind) is tuple and not isinstance(value, list | None):
-            raise ValueError(f"{name}: got {value!r}; wanted a list, [{value}]")
+            shown, listed = short(value), short(value).strip("'")
+            raise ValueError(f"{name}: got {shown}; wanted a list, [{listed}]")
 
 
 def _given(argv: Sequence[str]) -> dict[str, str]:
@@ -159,6 +170,19 @@ def _given(argv: Sequence[str]) -> dict[str, str]:
             following = "".join(argv[index + 1 : index + 2])
             given[name] = value if equals else following
     return given
+
+
+def _with_files(argv: Sequence[str], *, empty: bool) -> list[str]:
+    """The arguments with the file of a recipe where `--config` names one; an `empty` one goes."""
+    words: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        name, equals, file = word.partition("=")
+        if name != "--config" or (given := file if equals else next(rest, None)) is None:
+            words.append(word)
+        elif not empty:  # the parser takes no file without settings
+            words.append(f"--config={settings_file(given)}")
+    return words
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -186,7 +210,10 @@ def _parser(info: MethodInfo) -> _Parser:
         print_config=None,
     )
     parser.add_argument(
-        "--config", action="config", metavar="FILE", help="YAML file of settings; flags override it"
+        "--config",
+        action="config",
+        metavar="FILE",
+        help="YAML file of settings, or the name of a recipe; flags override it",
     )
     for name, text in _SWITCHES:
         parser.add_argument(f"--{name}", action="store_true", help=text)

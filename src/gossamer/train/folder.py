@@ -5,7 +5,8 @@ latency.json         what gossamer.latency measured before training, where the m
 metrics.csv          one row per epoch (metrics-dense.csv: the dense twin's)
 layers.csv           one row per epoch and sparse layer, of the sparse network
 tensorboard/         the columns of metrics.csv for TensorBoard, where the run was told to
-checkpoints/         sparse.ckpt, dense.ckpt: resumable, after every epoch
+checkpoints/         sparse.ckpt, dense.ckpt: resumable, after every epoch and within long ones;
+                     while a network trains also the one before, sparse.previous.ckpt
 model.safetensors    the slim model, with the plan that cuts the full-width class to it
 summary.json         the figures; written last
 report.md            the figures, to read
@@ -18,17 +19,25 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gossamer.shrink.file import write_whole
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: nobody keeps two runs out of one folder there
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = ["CHECKPOINTS", "CONFIG", "RunFolder"]
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+_NETWORKS = ("sparse", "dense")
 _LATER = ("report.html", "analysis.json", "analysis.md", "analysis.svg")  # made of a run
 
 
@@ -55,11 +64,52 @@ class RunFolder:
         """Newest checkpoint of the "sparse" or the "dense" network."""
         return self.path / CHECKPOINTS / f"{network}.ckpt"
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder, and keep other runs out of it, as long as this process lives.
+
+        Raises:
+            ValueError: Another run is at work there.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            yield
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise ValueError(
+                f"a run is at work in {self.path}: wait for it or end it, or choose another folder "
+                "with --out"
+            ) from error
+        except OSError:
+            pass  # a file system without locks on folders
+        try:
+            yield
+        finally:
+            os.close(handle)
+
+    def previous(self, network: str) -> Path:
+        """The checkpoint before the newest."""
+        return self.path / CHECKPOINTS / f"{network}.previous.ckpt"
+
+    def sweep(self, finished: bool = False) -> None:
+        """Remove the half-written files of a run that was killed; they never had their names.
+
+        Of a run that has `finished` only the last checkpoints stay.
+        """
+        for path in (*self._files(), *map(self.checkpoint, _NETWORKS)):
+            for half in path.parent.glob(f".{path.name}.????????"):
+                half.unlink()
+        if finished:
+            for network in _NETWORKS:
+                self.previous(network).unlink(missing_ok=True)
+
     def existing(self) -> list[Path]:
         """What a run has written here so far."""
-        files = [self.config, self.latency, self.model, self.summary, self.report, self.layers]
-        files += [self.metrics(network) for network in ("sparse", "dense")]
-        files += [self.path / name for name in _LATER]
+        files = self._files()
         folders = [self.path / CHECKPOINTS, self.tensorboard]
         return [path for path in (*files, *folders) if path.exists()]
 
@@ -70,6 +120,11 @@ class RunFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+    def _files(self) -> list[Path]:
+        files = [self.config, self.latency, self.model, self.summary, self.report, self.layers]
+        files += map(self.metrics, _NETWORKS)
+        return files + [self.path / name for name in _LATER]
 
     def write_text(self, path: Path, text: str) -> None:
         """Write a text file whole. Raises OSError, with `path` as it was."""

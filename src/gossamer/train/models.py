@@ -8,6 +8,7 @@ units) of every layer and rounds it, to at least 1; the number of classes stays.
 import difflib
 import importlib
 import inspect
+import math
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,42 +36,83 @@ def build_model(
     at least 1): ResNet-18 at 0.25 has 16, 32, 64, 128 channels.
 
     Raises:
-        ValueError: unknown name, too small an input, a `width` for a factory, not positive sizes.
+        ValueError: unknown name, too small an input, a `width` for a factory, sizes that are not
+            positive or that memory does not hold.
         TypeError: the factory cannot be called, or returns something else than an `nn.Module`.
     """
-    if len(in_shape) != 3 or min(*in_shape, num_classes) < 1 or width <= 0:
-        raise ValueError(
-            f"got num_classes={num_classes}, in_shape={in_shape}, width={width}; wanted at least "
-            "one class, in_shape=(channels, height, width) and a width above 0"
-        )
+    _check_sizes(num_classes, in_shape, width)
     if ":" in name:
         if width != 1.0:
             raise ValueError(
                 f"width={width} scales the built-in models only: let {name} choose its widths"
             )
         return _from_factory(name, num_classes, in_shape)
-    if wide := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
-        builder: Builder = partial(_wide_resnet, int(wide[1]), int(wide[2]))
-    elif name in _BUILDERS:
-        builder = _BUILDERS[name]
-    else:
-        near = difflib.get_close_matches(name, model_names())
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    weights = weigh(name, num_classes=num_classes, in_shape=in_shape, width=width)
+    memory = _memory()
+    if 4 * weights > memory:
         raise ValueError(
-            f"no model is called {name!r}{hint} gossamer.train.models.model_names() lists them; "
-            "a model of your own is given as package.module:factory"
+            f"{name} would have {weights:.3g} weights with num_classes={num_classes}, "
+            f"in_shape={in_shape}, width={width:g}, and 4 bytes each are more than the "
+            f"{memory / 1e9:.3g} GB of this machine: give smaller ones"
         )
+    model = _builder(name)(num_classes, in_shape, width)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def weigh(
+    name: str, *, num_classes: int, in_shape: tuple[int, int, int], width: float = 1.0
+) -> float:
+    """How many weights a built-in network would have; inf where they cannot be counted.
+
+    Raises:
+        ValueError: unknown name, too small an input, not positive sizes.
+    """
+    _check_sizes(num_classes, in_shape, width)
+    builder = _builder(name)
     least = _SMALLEST_INPUT.get(name, 1)
     if min(in_shape[1:]) < least:
         raise ValueError(
             f"{name} pools its input away at {in_shape[1]}x{in_shape[2]} pixels; it needs at "
             f"least {least}x{least}: enlarge the images or choose a model with fewer poolings"
         )
-    model = builder(num_classes, in_shape, width)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return model
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in builder(num_classes, in_shape, width).parameters())
+    except (RuntimeError, OverflowError, TypeError):  # sizes that no tensor can have
+        return math.inf
+
+
+def _check_sizes(num_classes: int, in_shape: tuple[int, int, int], width: float) -> None:
+    if len(in_shape) != 3 or min(*in_shape, num_classes) < 1 or not 0 < width < math.inf:
+        raise ValueError(
+            f"got num_classes={num_classes}, in_shape={in_shape}, width={width}; wanted at least "
+            "one class, in_shape=(channels, height, width) and a finite width above 0"
+        )
+
+
+def _memory() -> float:
+    """Bytes of this machine's memory; inf where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf
+
+
+def _builder(name: str) -> Builder:
+    wide = re.fullmatch(r"wrn-(\d{1,4})-(\d{1,4})", name)
+    if wide:
+        return partial(_wide_resnet, int(wide[1]), int(wide[2]))
+    if name in _BUILDERS:
+        return _BUILDERS[name]
+    near = difflib.get_close_matches(name, model_names())
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    raise ValueError(
+        f"no model is called {name!r}{hint} gossamer.train.models.model_names() lists them; "
+        "a model of your own is given as package.module:factory"
+    )
 
 
 def model_names() -> list[str]:

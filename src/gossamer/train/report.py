@@ -119,6 +119,8 @@ def notes(summary: Mapping[str, Any]) -> str:
         )
     for refused in summary["refused"]:
         text += f"\nNot cut, it would have been slower: {refused}."
+    for collapsed in summary.get("collapsed", ()):  # older runs did not look
+        text += f"\nCollapse: {collapsed}."
     if "not_cut" in slim:
         text += f"\nNothing was cut: {slim['not_cut']}."
     if "dense" not in summary:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from gossamer.latency import LatencyTable, Readings
 from gossamer.measure.latency import compare_latency
 from gossamer.measure.macs import account
 from gossamer.method import Method
+from gossamer.reading import read_json
 from gossamer.shrink.file import save
 from gossamer.sparsifier import Sparsifier
 from gossamer.train.config import (
@@ -32,7 +32,15 @@ from gossamer.train.config import (
     to_yaml,
 )
 from gossamer.train.data import Batches, Split, load_data
-from gossamer.train.engine import History, Row, Watcher, fit, make_optimizer, rate
+from gossamer.train.engine import (
+    History,
+    Row,
+    Watcher,
+    fit,
+    make_optimizer,
+    rate,
+    write_history,
+)
 from gossamer.train.figures import (
     Delivered,
     accuracy,
@@ -46,6 +54,7 @@ from gossamer.train.folder import RunFolder
 from gossamer.train.models import build_model
 from gossamer.train.report import markdown
 from gossamer.train.source import Architecture
+from gossamer.train.stop import Stop, stoppable
 from gossamer.train.tensorboard import TensorBoard
 from gossamer.train.work import Work
 
@@ -73,14 +82,18 @@ def train(
         FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` is set.
         ValueError: A setting that does not fit model, data or the run to resume.
         OSError: A file could not be read or written; earlier files are still whole.
-        KeyboardInterrupt: Ctrl-C or SIGTERM: `resume` goes on from the last whole epoch.
+        FloatingPointError: The loss is not finite; says since when, and from which layer on.
+        CollapseError: A layer fell below its floor, and `config.on_collapse` is "stop".
+        KeyboardInterrupt: Ctrl-C or SIGTERM (`Interrupted`): `resume` goes on after the last step.
     """
     folder = RunFolder(config.folder)
     if resume:
         _check_resumable(folder, config, method)
         if folder.summary.exists():
-            summary: dict[str, Any] = json.loads(folder.summary.read_text())
+            summary = read_json(folder.summary, "remove it: --resume then ends the run again")
             if "dense" in summary or not config.baseline:
+                with folder.held():
+                    folder.sweep(finished=True)  # it may have been killed right before that
                 return summary
     elif folder.existing() and not overwrite:
         raise FileExistsError(
@@ -90,8 +103,14 @@ def train(
     watcher = watcher or _Silent()
     if config.tensorboard:
         watcher = TensorBoard(folder.tensorboard, watcher)
-    with _threads(config.threads):
-        return _Run(config, method, folder, watcher, resume, overwrite).go()
+    new = not folder.path.exists()
+    try:
+        with folder.held(), stoppable() as stop, _threads(config.threads):
+            folder.sweep()
+            return _Run(config, method, folder, watcher, resume, overwrite, stop).go()
+    finally:
+        if new and folder.path.exists() and not any(folder.path.iterdir()):
+            folder.path.rmdir()  # it did not get as far as to write anything
 
 
 @dataclass(frozen=True)
@@ -143,6 +162,7 @@ class _Run:
         watcher: Watcher,
         resume: bool,
         overwrite: bool,
+        stop: Stop | None = None,
     ) -> None:
         self.config = config
         self.method = method
@@ -150,6 +170,7 @@ class _Run:
         self.watcher = watcher
         self.resume = resume
         self.overwrite = overwrite
+        self.stop = stop
         self.device = _device(config.device)
         self.data = load_data(
             config.data,
@@ -182,13 +203,13 @@ class _Run:
         told = self._forecast(model, sparsifier)
         if told is not None:
             self.watcher.noted(f"forecast: {told}")
-        history = {"sparse": self._fit("sparse", model, sparsifier)}
+        history = {"sparse": self._trained("sparse", model, sparsifier)}
         delivered = deliver(sparsifier, self._model(), self.example)
         save(folder.model, delivered.slim, delivered.plan, self._architecture().metadata())
         twin = None
         if config.baseline:
             twin = self._model()
-            history["dense"] = self._fit("dense", twin, None)
+            history["dense"] = self._trained("dense", twin, None)
 
         summary = self._summary(delivered, twin, history) | {
             "forecast": told,
@@ -196,12 +217,14 @@ class _Run:
             "left_dense": sparsifier.left_dense,
             "locked": sparsifier.locked,
             "refused": sparsifier.refused,
+            "collapsed": sparsifier.collapsed,
         }
         summary["budgets"] = self._budgets(sparsifier, delivered, summary["slim"])
         sizes = [delivered.account(name, self.example) for name in ("sparse", "slim")]
         summary["layers"] = layers(*sizes)
         folder.write_text(folder.report, markdown(summary, to_dict(config, self.method)))
         folder.write_json(folder.summary, summary)
+        folder.sweep(finished=True)
         return summary
 
     def trained(self) -> Sparsifier:
@@ -223,6 +246,7 @@ class _Run:
             keep_channels=config.keep_channels,
             cut=config.cut,
             latency=self.latency,
+            on_collapse=config.on_collapse,
             seed=config.seed,
         )
 
@@ -230,7 +254,7 @@ class _Run:
         """What the network takes at any widths; a resumed run goes on with what it measured."""
         readings = None
         if self.resume and self.folder.latency.exists():
-            readings = Readings.from_dict(json.loads(self.folder.latency.read_text()))
+            readings = Readings.from_dict(read_json(self.folder.latency, "train from the start"))
         model = self._model().to(self.device)
         return gossamer.latency(model, self._latency_images(), readings=readings)
 
@@ -247,6 +271,12 @@ class _Run:
             found = forecast(sparsifier.sites, optimizer, lrs)
         return f"no sparsity can appear: {found}" if found.futile else str(found)
 
+    def _trained(self, network: str, model: nn.Module, sparsifier: Sparsifier | None) -> History:
+        history = self._fit(network, model, sparsifier)
+        if self.resume:  # it may have been broken off between the last checkpoint and these files
+            write_history(self.folder, network, history)
+        return history
+
     def _fit(self, network: str, model: nn.Module, sparsifier: Sparsifier | None) -> History:
         work = Work(model, self.example, sparsifier)
         return fit(
@@ -260,6 +290,7 @@ class _Run:
             self.watcher,
             sparsifier,
             self.resume,
+            self.stop,
         )
 
     def _summary(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
@@ -13,14 +14,19 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from gossamer.reading import read_json, reading, short, whole_number
 from gossamer.shrink.file import load, read_plan
 from gossamer.shrink.plan import Plan
 from gossamer.train.folder import RunFolder
-from gossamer.train.models import build_model
+from gossamer.train.models import build_model, weigh
 
 __all__ = ["Architecture", "Source", "open_model"]
 
 _HEADER_KEY = "gossamer_model"
+_NAME_IT = "name the network with --model NAME"
+# What a file may ask for by itself; larger networks are named on the command line.
+_MOST_WEIGHTS = 1 << 28
+_MOST_PIXELS = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +145,7 @@ def open_model(
     try:
         network = architecture.build()
     except ValueError as error:
-        if file is None and ":" not in spec:
+        if file is None and ":" not in spec and str(error).startswith("no model is called"):
             raise ValueError(f"there is no file or run folder {spec}, and {error}") from error
         raise
     plan, dtype = (Plan(), torch.float32) if file is None else (read_plan(file), _dtype(file))
@@ -165,9 +171,11 @@ def _run(path: Path) -> tuple[Path, Architecture]:
             f"the run in {path} has not ended: "
             f"`gossamer train --resume --out {path}` goes on with it"
         )
-    summary = json.loads(folder.summary.read_text())
-    about = summary["model"] | {"data": summary["data"]["name"]}
-    return folder.model, _architecture(about, folder.summary)
+    remedy = "train again, or give the model file itself with --model NAME"
+    summary = read_json(folder.summary, remedy)
+    with reading(str(folder.summary), remedy):
+        about = summary["model"] | {"data": summary["data"]["name"]}
+        return folder.model, _architecture(about)
 
 
 def _header(path: Path, model: str | None) -> Architecture | None:
@@ -183,10 +191,13 @@ def _header(path: Path, model: str | None) -> Architecture | None:
             )
         return None
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: its header is damaged ({error})") from error
-    found = _architecture(values, path)
+        with reading(f"the header of {path}", _NAME_IT):
+            found = _architecture(json.loads(text))
+            _check_size(found)
+    except ValueError:
+        if model is None:
+            raise
+        return None
     if ":" in found.name and model is None:
         raise ValueError(
             f"{path} was made by {found.name}, which is code: if you trust it, say so with "
@@ -195,18 +206,31 @@ def _header(path: Path, model: str | None) -> Architecture | None:
     return found
 
 
-def _architecture(values: Any, file: Path) -> Architecture:
-    try:
-        channels, height, width = values["in_shape"]
-        return Architecture(
-            name=str(values["name"]),
-            num_classes=int(values["num_classes"]),
-            in_shape=(int(channels), int(height), int(width)),
-            width=float(values["width"]),
-            data=str(values.get("data", "")),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} does not say what network it holds: {error!r}") from error
+def _architecture(values: Any) -> Architecture:
+    shape = dict(zip(("channels", "height", "width"), values["in_shape"], strict=True))
+    channels, height, width = (whole_number(shape, name, 1, 1 << 14) for name in shape)
+    if type(values["name"]) is not str:
+        raise ValueError(f"name is {short(values['name'])}, wanted text")
+    return Architecture(
+        name=values["name"],
+        num_classes=whole_number(values, "num_classes", 1, 1 << 24),
+        in_shape=(channels, height, width),
+        width=float(values["width"]),
+        data=str(values.get("data", "")),
+    )
+
+
+def _check_size(said: Architecture) -> None:
+    """Raise ValueError where a network would fill the memory, whoever has written that it is so."""
+    if math.prod(said.in_shape) > _MOST_PIXELS:
+        raise ValueError(f"images of {said.in_shape} are too large to be true")
+    if ":" in said.name:
+        return
+    weights = weigh(
+        said.name, num_classes=said.num_classes, in_shape=said.in_shape, width=said.width
+    )
+    if weights > _MOST_WEIGHTS:
+        raise ValueError(f"{said.name} with {weights:.3g} weights is too large to be true")
 
 
 def _named(name: str, given: Mapping[str, Any], width: float) -> Architecture:

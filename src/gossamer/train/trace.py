@@ -6,6 +6,7 @@ import csv
 from dataclasses import fields
 from pathlib import Path
 
+from gossamer.reading import reading
 from gossamer.train.config import TrainConfig, read_yaml
 from gossamer.train.folder import RunFolder
 
@@ -51,7 +52,8 @@ def dense_losses(path: Path, config: TrainConfig, share: float) -> tuple[float, 
             f"tune_end={share} of {config.epochs} epochs is {share * config.epochs:.4g} epochs, "
             f"and a trace has whole ones: give tune_end={max(epochs, 1) / config.epochs:.6g}"
         )
-    with metrics.open() as file:
+    remedy = "make the dense run again with gossamer train --baseline"
+    with reading(str(metrics), remedy), metrics.open() as file:
         losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
     if len(losses) < epochs:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -59,13 +60,28 @@ class Work:
         *_, grad_weight = training_products(self._learning, **cost._asdict())
         self._macs.add(examples, forward=forward, grad_input=grad_input, grad_weight=grad_weight)
 
-    def state_dict(self) -> dict[str, float]:
-        """The total, for a checkpoint."""
-        return self._macs.state_dict()
+    def state_dict(self) -> dict[str, Any]:
+        """The total, and what the last account counted, for a checkpoint: plain data."""
+        state: dict[str, Any] = dict(self._macs.state_dict())
+        if self._sparsifier is not None and self._revision == self._sparsifier.revision:
+            accounts = (self._now, self._learning)
+            state["counted"] = [[(r.weights, r.nonzeros) for r in one.layers] for one in accounts]
+        return state
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from a total that `state_dict` returned."""
-        self._macs.load_state_dict(state)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned.
+
+        The account goes on as it was too: supports may have moved since, unannounced.
+        """
+        self._macs.load_state_dict({k: v for k, v in state.items() if k != "counted"})
+        if self._sparsifier is not None and "counted" in state:
+            self._revision = self._sparsifier.revision
+            self._now, self._learning = (self._counted(counts) for counts in state["counted"])
+
+    def _counted(self, counts: Sequence[tuple[int, int]]) -> Account:
+        rows = zip(self._full.layers, counts, strict=True)
+        layers = [replace(row, weights=whole, nonzeros=kept) for row, (whole, kept) in rows]
+        return replace(self._full, layers=tuple(layers))
 
     def _account(self, sites: Sequence[Site], counted: Callable[[Site], Tensor]) -> Account:
         """Of the network as wide as it is now, with the weights of each site that are counted."""

@@ -102,6 +102,10 @@ def quiet() -> None:
 
 def fail(code: int, error: object) -> int:
     """Print why the command failed, in one line; returns its exit code."""
-    text = error.strerror if isinstance(error, OSError) and not error.filename else None
-    print(f"gossamer: error: {' '.join(str(text or error).split())}", file=sys.stderr)
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+        if error.filename:
+            text = f"{error.filename}: {text}; look at the path, or choose another"
+    print(f"gossamer: error: {' '.join(text.split())}", file=sys.stderr)
     return code

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 _MOST = 10  # layers to say of why they are not N:M
+_BLOCK = 16  # outputs that CPU kernels compute at a time
 _EPILOG = """\
 examples:
   gossamer check runs/digits-vgg-small-srste-s0
@@ -26,7 +27,7 @@ def run(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
     parser = model_parser(
         "check",
-        "Say of every layer how dense it is, whether it is N:M, and what could be cut.",
+        "Say of every layer how dense it is, in what pattern (N:M, blocks), and what could be cut.",
         _EPILOG,
     )
     parser.add_argument(
@@ -51,11 +52,12 @@ def run(argv: list[str]) -> int:
 def _check(source: Source, n: int, m: int) -> dict[str, Any]:
     from gossamer.export import zeros_note
     from gossamer.measure.macs import account
-    from gossamer.measure.pattern import check_nm
+    from gossamer.measure.pattern import check_block, check_nm
     from gossamer.shrink.shrink import shrink
 
     size = account(source.model, source.example)
     held = {row.name: row for row in check_nm(source.model, n, m).layers}
+    blocks = {row.name: row for row in check_block(source.model, _BLOCK).layers}
     layers: list[dict[str, Any]] = []
     for row in size.layers:
         one: dict[str, Any] = {
@@ -65,12 +67,18 @@ def _check(source: Source, n: int, m: int) -> dict[str, Any]:
             "macs_executed": row.macs_executed,
             "macs_sparse": row.macs_sparse,
         }
+        if row.name in blocks:
+            one |= {
+                "blocks": blocks[row.name].fits,
+                "block_density": blocks[row.name].block_density,
+            }
         if row.name in held and row.shape[1] >= m:
             one |= {"fits": held[row.name].fits, "why": held[row.name].why}
         layers.append(one)
     found: dict[str, Any] = {
         "model": source.name,
         "pattern": f"{n}:{m}",
+        "block": _BLOCK,
         "density": size.density,
         "macs_executed": size.macs_executed,
         "macs_sparse": size.macs_sparse,
@@ -103,6 +111,16 @@ def _show(found: dict[str, Any]) -> None:
     held = [layer for layer in found["layers"] if "fits" in layer]
     fitting = [layer for layer in held if layer["fits"]]
     print(f"{len(fitting) or 'none'} of the {len(held)} layers with a whole group are {pattern}")
+    blocked = [layer for layer in found["layers"] if layer.get("blocks")]
+    if blocked:
+        block = found["block"]
+        print(f"{len(blocked)} of {len(found['layers'])} layers are zero in {block}x1 blocks:")
+        parts = [("layer", "density", "of blocks")]
+        for layer in blocked:
+            parts.append(
+                (layer["layer"], f"{layer['density']:.4f}", f"{layer['block_density']:.4f}")
+            )
+        print_table(parts)
     if fitting:  # else it was never meant to be
         others = [layer for layer in held if not layer["fits"] and layer["density"] < 1]
         for layer in others[:_MOST]:

@@ -41,6 +41,14 @@ def run(argv: list[str]) -> int:
         help="keep as many dead channels as make each width a multiple of N: odd widths can be "
         "slower than wider ones (default: 1; 16 suits most hardware)",
     )
+    parser.add_argument(
+        "--block",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cut outputs in whole blocks of N: what was trained with --block N, and is zero in "
+        "blocks, stays so (default: 1)",
+    )
     parser.add_argument("--json", action="store_true", help="print as JSON")
     wanted = parser.parse_args(argv)
 
@@ -49,7 +57,13 @@ def run(argv: list[str]) -> int:
 
     try:
         source = opened(wanted, batch=2)
-        slim = shrink(source.model, source.example, source.plan, multiple=wanted.multiple)
+        slim = shrink(
+            source.model,
+            source.example,
+            source.plan,
+            multiple=wanted.multiple,
+            block=wanted.block,
+        )
         save(wanted.out, slim.model, slim.plan, source.architecture.metadata())
     except (ValueError, TypeError, OSError) as error:
         return fail(1, error)

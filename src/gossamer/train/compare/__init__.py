@@ -11,10 +11,10 @@ compare.yaml          the file that was compared
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gossamer.reading import read_json
 from gossamer.train.compare.grid import COPY, DENSE, Cell, Comparison, read
 from gossamer.train.compare.plot import draw
 from gossamer.train.compare.processes import default_jobs, locked, log_of, train_cells
@@ -33,8 +33,8 @@ def compare(
 ) -> list[Row]:
     """Train what has not been trained, time everything, and write the results; returns their rows.
 
-    Finished cells are not run again, and a cell that was broken off goes on from its last whole
-    epoch. A cell that fails does not stop the others, unless every dense twin has failed: then
+    Finished cells are not run again, and a cell that was broken off goes on from its newest
+    checkpoint. A cell that fails does not stop the others, unless every dense twin has failed: then
     nothing is left to compare with, and the settings for all are likely to be wrong.
 
     Args:
@@ -85,7 +85,7 @@ class _Work:
         self._ended += 1
         self._seconds += seconds
         if error is None:
-            summary = json.loads(cell.run.summary.read_text())
+            summary = read_json(cell.run.summary, "remove its folder to train it anew")
             told = f"accuracy {summary['slim']['accuracy']:.2%}, {_duration(seconds)}"
         else:
             self.errors[cell] = error

@@ -119,8 +119,6 @@ def read(file: Path, out: str | None = None) -> Comparison:
         ValueError: A value that is refused.
         OSError: The file cannot be read.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no comparison file {file}")
     values = read_yaml(file)
     if "methods" not in values:
         raise UsageError(

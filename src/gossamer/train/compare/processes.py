@@ -97,7 +97,7 @@ def train_cells(
 
     Raises:
         KeyboardInterrupt: Ctrl-C or a signal to end; the processes have ended, and each cell goes
-            on from its last whole epoch next time.
+            on from its newest checkpoint next time.
     """
     waiting = deque(cells)
     running: list[_Process] = []

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from gossamer.reading import read_json, reading
 from gossamer.train.compare.grid import DENSE, Cell, Comparison
 from gossamer.train.report import HEADER, table
 
@@ -88,7 +88,7 @@ def _row(cell: Cell, error: str, timing: Timing | None) -> Row:
         "error": error,
     }
     if cell.finished:
-        summary = json.loads(cell.run.summary.read_text())
+        summary = read_json(cell.run.summary, "remove its folder to train it anew")
         slim, machine = summary["slim"], summary["machine"]
         row |= {name: slim[name] for name in _FIELDS if name in slim and name != "latency_ms"}
         row |= {
@@ -109,9 +109,11 @@ def _row(cell: Cell, error: str, timing: Timing | None) -> Row:
 
 def _val_accuracy(cell: Cell) -> float:
     """After the last epoch."""
-    with cell.run.metrics("sparse").open() as file:
-        *_, last = csv.DictReader(file)
-    return float(last["val_accuracy"])
+    path = cell.run.metrics("sparse")
+    with reading(str(path), "remove its folder to train it anew"):
+        with path.open() as file:
+            *_, last = csv.DictReader(file)
+        return float(last["val_accuracy"])
 
 
 def groups(rows: Sequence[Row]) -> dict[tuple[str, float | None], list[Row]]:

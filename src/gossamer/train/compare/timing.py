@@ -9,7 +9,6 @@ The dense twins are timed against it as well: how far they are from 1 says how f
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from gossamer.measure.latency import compare_latency
+from gossamer.reading import read_json
 from gossamer.shrink.file import load
 from gossamer.train.compare.grid import DENSE, Cell
 from gossamer.train.models import build_model
@@ -31,7 +31,7 @@ def stored(file: Path, cells: Sequence[Cell]) -> dict[str, Any] | None:
     """What `time_cells` returned for these very networks, where `file` holds it."""
     if not file.exists():
         return None
-    timing: dict[str, Any] = json.loads(file.read_text())
+    timing = read_json(file, "remove it, and run the comparison again")
     timed = {name: times["sha256"] for name, times in timing["cells"].items()}
     return timing if timed == {cell.config.folder.name: _digest(cell) for cell in cells} else None
 
@@ -62,7 +62,7 @@ def time_cells(cells: Sequence[Cell], threads: int) -> dict[str, Any]:
     Raises:
         ValueError: The cells were trained on a GPU that is not here, or a model file is damaged.
     """
-    summary = json.loads(cells[0].run.summary.read_text())
+    summary = read_json(cells[0].run.summary, "remove its folder to train it anew")
     device = torch.device(summary["machine"]["device"])
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(

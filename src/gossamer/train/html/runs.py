@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gossamer.reading import read_json
 from gossamer.train.config import read_yaml
 from gossamer.train.folder import RunFolder
 
@@ -157,13 +157,7 @@ def _rows(path: Path) -> list[Row]:
 def _json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): leave the run out") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, not the figures of a run")
-    return found
+    return read_json(path, "leave the run out")
 
 
 def _last(rows: Sequence[Row]) -> int:
