@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 import gossamer
@@ -109,17 +108,11 @@ def test_unknown_hyperparameters_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("update_interval", 10.5),
-        ("channel_interval", 20.5),
-        ("channel_multiple", 1.5),
-        ("min_channels", 2.5),
-        ("density", "0.1"),
-    ],
+    [("channel_interval", 20.5), ("channel_multiple", 1.5), ("min_channels", 2.5)],
 )
-def test_values_of_another_type(name: str, value) -> None:
+def test_values_of_another_type(name: str, value: float) -> None:
     """Said at once and with the name, not as a TypeError in the middle of a run."""
-    with pytest.raises((TypeError, ValueError), match=name):
+    with pytest.raises(TypeError, match=f"{name}=.*whole number"):
         gossamer.Chase(**{name: value})
 
 
@@ -162,23 +155,6 @@ def test_channel_sparsity_that_a_multiple_forbids() -> None:
             total_steps=100,
             example=images(2),
         )
-
-
-def test_no_channel_may_go() -> None:
-    class Normed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one = nn.Linear(192, 10)
-            self.norm = nn.LayerNorm(10)
-            self.two = nn.Linear(10, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.two(self.norm(self.one(x.flatten(1))))
-
-    with pytest.raises(ValueError, match="no layer of the model may lose channels") as error:
-        gossamer.Sparsifier(Normed().double(), _chase(), total_steps=100, example=images(2))
-    # There is no Sparsifier to ask for `locked`: the message itself has to say why.
-    _says(error, "channel_sparsity=0.5", "one", "LayerNorm")
 
 
 def test_no_layer_to_make_sparse() -> None:
@@ -226,18 +202,6 @@ def test_unknown_patterns_name_the_nearest(option: str) -> None:
         gossamer.Sparsifier(net("vgg"), STATIC, total_steps=10, **{option: ["nothing.*"]})
 
 
-def test_unknown_keep_channels_pattern() -> None:
-    """A misspelt name would lose the channels that were to be kept."""
-    with pytest.raises(ValueError, match=r"features\.99"):
-        gossamer.Sparsifier(
-            net("vgg"),
-            _chase(),
-            total_steps=100,
-            example=images(2),
-            keep_channels=["features.99"],
-        )
-
-
 def test_a_frozen_layer() -> None:
     model = net("vgg")
     model.features[3].weight.requires_grad_(False)
@@ -256,11 +220,6 @@ def test_a_layer_that_is_parametrized_already() -> None:
     other = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
     with pytest.raises(ValueError, match="0 is parametrized already"):
         gossamer.Sparsifier(other, STATIC, total_steps=10)
-
-
-def test_a_lazy_layer() -> None:
-    with pytest.raises(ValueError, match="0 has no weight yet"):
-        gossamer.Sparsifier(nn.Sequential(nn.LazyLinear(4)), STATIC, total_steps=10)
 
 
 @pytest.mark.parametrize(
@@ -297,29 +256,6 @@ def test_total_steps(steps: int) -> None:
         gossamer.Sparsifier(mlp(), STATIC, total_steps=steps)
 
 
-def test_cut_is_during_or_end() -> None:
-    with pytest.raises(ValueError, match="cut='never'") as error:
-        gossamer.Sparsifier(mlp(), STATIC, total_steps=10, cut="never")
-    _says(error, "during", "end")
-
-
-def test_an_interval_longer_than_the_run() -> None:
-    with pytest.raises(ValueError, match="update_interval=100") as error:
-        gossamer.Sparsifier(mlp(), _chase(update_interval=100, channel_sparsity=0), total_steps=100)
-    _says(error, "Chase", "80 steps", "smaller interval")
-
-
-def test_a_channel_interval_that_is_no_multiple() -> None:
-    with pytest.raises(ValueError, match="channel_interval=25") as error:
-        gossamer.Sparsifier(
-            net("mlp"),
-            _chase(update_interval=10, channel_interval=25),
-            total_steps=1000,
-            example=images(2),
-        )
-    _says(error, "no multiple of update_interval=10")
-
-
 def test_a_channel_interval_longer_than_its_window() -> None:
     """One removal at the end of the window is left: all channels at once, and nobody said so."""
     with pytest.raises(ValueError, match="channel_interval"):
@@ -332,18 +268,6 @@ def test_a_channel_interval_longer_than_its_window() -> None:
 
 
 # The example
-
-
-def test_a_missing_example() -> None:
-    with pytest.raises(ValueError, match="example") as error:
-        gossamer.Sparsifier(mlp(), _chase(), total_steps=100)
-    _says(error, "Chase removes channels", "example=")
-
-
-def test_an_example_of_no_use() -> None:
-    with pytest.raises(TypeError, match="str") as error:
-        gossamer.Sparsifier(mlp(), _chase(), total_steps=100, example="images")
-    _says(error, "tensor", "tuple", "mapping|dict")
 
 
 def test_an_example_the_model_does_not_accept() -> None:
@@ -438,19 +362,6 @@ def test_an_optimizer_that_lacks_a_parameter() -> None:
         train(model, sparsifier, optimizer_for("sgd", other), batches(1))
 
 
-def test_a_step_after_finalize() -> None:
-    model = net("mlp")
-    sparsifier = gossamer.Sparsifier(model, STATIC, total_steps=10)
-    optimizer = optimizer_for("sgd", model)
-    train(model, sparsifier, optimizer, batches(2))
-    sparsifier.finalize()
-    x, y = batches(1)[0]
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
-    with pytest.raises(ValueError, match="finalize"):
-        sparsifier.step(optimizer)
-
-
 def test_weights_that_became_nan() -> None:
     """A diverged run ends in an error about the loss, not in one about masks."""
     model = net("mlp")
@@ -515,20 +426,12 @@ def test_what_is_no_checkpoint() -> None:
         with pytest.raises(ValueError, match="not a Sparsifier's state") as error:
             sparsifier.load_state_dict(state)
         _says(error, r"state_dict\(\)")
-    for key in _state():
+    for key in _state().keys() - {"locked", "refused", "collapse"}:  # older states lack these
         state = _state()
         del state[key]
         with pytest.raises(ValueError, match=key):
             sparsifier.load_state_dict(state)
         assert sparsifier.step_count == 0
-
-
-def test_loading_in_the_middle_of_a_run() -> None:
-    model = net("vgg")
-    sparsifier = gossamer.Sparsifier(model, _chase(), total_steps=60, example=images(2))
-    train(model, sparsifier, optimizer_for("sgd", model), batches(4))
-    with pytest.raises(ValueError, match="fresh"):
-        sparsifier.load_state_dict(_state())
 
 
 def test_a_model_state_of_other_widths() -> None:
@@ -545,9 +448,3 @@ def test_a_model_state_of_other_widths() -> None:
     assert other.step_count == 0
     other.load_state_dict(sparsifier.state_dict())
     fresh.load_state_dict(model.state_dict())
-
-
-def test_masks_of_another_shape() -> None:
-    weight = nn.Parameter(torch.ones(3, 4))
-    with pytest.raises(ValueError, match=r"\(3, 5\).*\(3, 4\)"):
-        gossamer.Masked(weight, torch.ones(3, 5))

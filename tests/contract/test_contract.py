@@ -28,7 +28,7 @@ from gossamer.method import Method, Progress
 from gossamer.ops import random_mask
 from gossamer.site import Site
 from gossamer.sparse_weight import Masked, SparseWeight
-from gossamer.testing import CONTRACT, check_method
+from gossamer.testing import CONTRACT, Trial, check_method
 
 METHODS = {
     "static": Static(density=0.2),
@@ -91,7 +91,7 @@ COMPILED = ("chase", "dst", "autosparse", "srste", "topkast")
     ],
 )
 def test_promise(name: str, promise: str) -> None:
-    CONTRACT[promise](METHODS[name])
+    CONTRACT[promise](METHODS[name], Trial())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,4 +150,4 @@ class Hasty(Static):
 
 def test_the_contract_finds_what_recompiles() -> None:
     with pytest.raises(AssertionError, match="2 graphs were compiled, one was expected"):
-        CONTRACT["compiled_equals_eager"](Hasty())
+        CONTRACT["compiled_equals_eager"](Hasty(), Trial())
