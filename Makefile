@@ -4,16 +4,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BROWSER := $(VENV)/.browser
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all check sanitize format docs dist clean
 
 demo: $(READY)
-	$(BIN)/gossamer train --config recipes/digits-chase.yaml --overwrite
+	$(BIN)/gossamer train --config digits-chase --overwrite
 
-test: $(READY)
+test: $(READY) $(BROWSER)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow and not gpu"
 
-test-all: $(READY)
+test-all: $(READY) $(BROWSER)
 	$(BIN)/python -m pytest
 
 check: $(READY)
@@ -21,16 +22,32 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The sparse kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize:
+	$(MAKE) -C csrc sanitize
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+	@echo "open site/index.html"
+
+dist: $(READY)
+	$(BIN)/python -m build --no-isolation
+
 # torch first and pinned: a plain `torch` would bring gigabytes of CUDA packages.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
+# Tried once: where there is none to be had, the tests that want one are skipped.
+$(BROWSER): | $(READY)
+	$(BIN)/python tests/browser.py
+	touch $(BROWSER)
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache
