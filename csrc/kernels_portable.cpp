@@ -1,0 +1,3 @@
+#include "kernels.h"
+
+const gsm::Kernels gsm::kernels_portable = gsm::kKernels;
