@@ -909,3 +909,14 @@ def test_an_optimizer_whose_state_cannot_be_cut() -> None:
     for site in sparsifier.sites:
         assert site.weight.shape == site.original_shape
     evaluate(model, images(2))
+
+
+def test_a_state_from_before_a_setting_existed_means_its_default() -> None:
+    def fresh(**settings: object) -> gossamer.Sparsifier:
+        return gossamer.Sparsifier(net("mlp"), gossamer.RigL(density=0.3, **settings), total_steps=9)
+
+    state = fresh().state_dict()
+    del state["method"]["scope"]
+    fresh().load_state_dict(state)
+    with pytest.raises(ValueError, match="method: scope is 'layer' in it and 'global' here"):
+        fresh(scope="global").load_state_dict(state)

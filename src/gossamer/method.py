@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -236,6 +236,11 @@ class Method(ABC):
     def hyperparameters(cls) -> tuple[str, ...]:
         """Names of the hyperparameters, in order."""
         return tuple(field.name for field in fields(cls))
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Hyperparameters that have a default, with it."""
+        return {field.name: field.default for field in fields(cls) if field.default is not MISSING}
 
 
 def allocate_density(distribution: str, shapes: Sequence[torch.Size], density: float) -> list[int]:

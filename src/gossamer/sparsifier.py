@@ -413,9 +413,12 @@ class Sparsifier:
                     "Sparsifier.state_dict() returned"
                 )
         for key in ("format", "method", "total_steps", "seed", "cut", "shapes"):
-            if not _equal(state[key], expected[key]):
+            got = state[key]
+            if key == "method" and isinstance(got, dict):
+                got = self.method.defaults() | got  # of settings that are newer than it
+            if not _equal(got, expected[key]):
                 raise ValueError(
-                    f"the checkpoint does not fit: {_difference(key, state[key], expected[key])}; "
+                    f"the checkpoint does not fit: {_difference(key, got, expected[key])}; "
                     "resume with the settings of the interrupted run"
                 )
         if len(self.plan) or self.step_count:
