@@ -41,7 +41,7 @@ def here(name: str, device: str = "cpu") -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("name", ["eager", "channels_last", "bf16", "onnx"])
+@pytest.mark.parametrize("name", ["eager", "channels_last", "bf16", "onnx", "sparse"])
 def test_outputs_are_the_models(name: str) -> None:
     _check_outputs(here(name), "cpu")
 

@@ -17,7 +17,7 @@ CORE = {"site", "sparse_weight", "method"}
 MAY_IMPORT: dict[str, set[str]] = {
     "sharding": set(),
     "ops": {"sharding"},
-    "surrogates": set(),
+    "surrogates": {"ops"},  # sums over blocks
     "schedules": set(),
     "allocation": set(),
     "example": set(),

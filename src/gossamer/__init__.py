@@ -1,5 +1,7 @@
 """Gossamer: train a network sparse from scratch and get a smaller, faster model."""
 
+from typing import TYPE_CHECKING, Any
+
 from gossamer.bake import finalize
 from gossamer.forecast import forecast
 from gossamer.latency import LatencyTable, latency
@@ -24,6 +26,19 @@ from gossamer.shrink.shrink import Shrunk, shrink
 from gossamer.site import Site
 from gossamer.sparse_weight import Masked, SparseWeight
 from gossamer.sparsifier import Sparsifier
+
+if TYPE_CHECKING:
+    from gossamer.runtime.compile import compile_sparse
+else:
+
+    def __getattr__(name: str) -> Any:
+        """The runtime when it is first asked for: it registers operators with PyTorch."""
+        if name != "compile_sparse":
+            raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
+        from gossamer.runtime.compile import compile_sparse
+
+        return compile_sparse
+
 
 __all__ = [
     "AutoSparse",
@@ -51,6 +66,7 @@ __all__ = [
     "Static",
     "SupportChange",
     "TopKAST",
+    "compile_sparse",
     "finalize",
     "forecast",
     "latency",

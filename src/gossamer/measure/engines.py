@@ -68,7 +68,8 @@ class Engine:
         name: Of the engine.
         about: What it is, in a line.
         runs: "eager"; "compiled": torch.compile; "frozen": the same with the weights as constants,
-            folded and packed; "graphs": compiled, replayed as a CUDA graph; "onnx": ONNX Runtime.
+            folded and packed; "graphs": compiled, replayed as a CUDA graph; "onnx": ONNX Runtime;
+            "sparse": compile_sparse, each layer by what is fastest, zeros used where they pay.
         dtype: Model and floating-point inputs are converted to it; None: as they are. Converted
             rather than under autocast, which casts every weight again in each call.
         channels_last: Weights and image-like inputs get this layout.
@@ -77,7 +78,7 @@ class Engine:
 
     name: str
     about: str
-    runs: Literal["eager", "compiled", "frozen", "graphs", "onnx"] = "eager"
+    runs: Literal["eager", "compiled", "frozen", "graphs", "onnx", "sparse"] = "eager"
     dtype: torch.dtype | None = None
     channels_last: bool = False
     device: Literal["cpu", "cuda"] | None = None
@@ -96,6 +97,10 @@ class Engine:
             wanted = ("onnx", "onnxscript", "onnxruntime")
             absent = ", ".join(name for name in wanted if find_spec(name) is None)
             return f"not installed: {absent} (pip install 'gossamer[onnx]')" if absent else ""
+        if self.runs == "sparse":
+            from gossamer.runtime import kernels
+
+            return kernels.missing() or ""
         if self.runs != "eager":
             return _no_compiler(device)
         return ""
@@ -135,6 +140,10 @@ class Engine:
     ) -> Callable[..., object]:
         if self.runs == "onnx":
             return _in_onnxruntime(model, args, kwargs)
+        if self.runs == "sparse":
+            from gossamer.runtime.compile import compile_sparse
+
+            return compile_sparse(model, kwargs or args).model
         model = _converted(model, self.dtype, self.channels_last)
         run: Callable[..., object] = model
         if self.runs != "eager":
@@ -252,6 +261,12 @@ _ENGINES = (
         device="cpu",
     ),
     Engine(name="onnx", about="ONNX Runtime", runs="onnx", device="cpu"),
+    Engine(
+        name="sparse",
+        about="compile_sparse: zeros used where that is faster",
+        runs="sparse",
+        device="cpu",
+    ),
 )
 
 ENGINES = {engine.name: engine for engine in _ENGINES}
