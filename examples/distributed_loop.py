@@ -1,8 +1,8 @@
 """Several processes: a loop of your own under torchrun, the model in each process or sharded.
 
-    torchrun --nproc-per-node 2 examples/distributed_loop.py                 # DistributedDataParallel
-    torchrun --nproc-per-node 2 examples/distributed_loop.py --engine fsdp   # FSDP2
-    ... --resume                                                # goes on from the last checkpoint
+    torchrun --nproc-per-node 2 examples/distributed_loop.py                # DDP
+    torchrun --nproc-per-node 2 examples/distributed_loop.py --engine fsdp  # FSDP2
+    ... --resume                                               # goes on from the last checkpoint
 
 With DDP Chase cuts channels out while it trains; FSDP's shapes are fixed, so that there they are
 masked, and cut at the end. Runs on CPUs (gloo) as on GPUs (NCCL). Needs scikit-learn's digits.

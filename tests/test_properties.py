@@ -521,7 +521,7 @@ def _quiet(case: Case) -> None:
         event("kept" if keeps_the_contract(case) else "refused")
 
 
-@settings(max_examples=8, derandomize=True, deadline=None, suppress_health_check=HEALTH)
+@settings(max_examples=5, derandomize=True, deadline=None, suppress_health_check=HEALTH)
 @given(cases())
 def test_the_contract_on_random_networks(case: Case) -> None:
     _quiet(case)

@@ -913,7 +913,8 @@ def test_an_optimizer_whose_state_cannot_be_cut() -> None:
 
 def test_a_state_from_before_a_setting_existed_means_its_default() -> None:
     def fresh(**settings: object) -> gossamer.Sparsifier:
-        return gossamer.Sparsifier(net("mlp"), gossamer.RigL(density=0.3, **settings), total_steps=9)
+        method = gossamer.RigL(density=0.3, **settings)
+        return gossamer.Sparsifier(net("mlp"), method, total_steps=9)
 
     state = fresh().state_dict()
     del state["method"]["scope"]

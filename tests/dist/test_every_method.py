@@ -52,7 +52,7 @@ METHODS = {
     "autosparse-backward": gossamer.AutoSparse(s_init=-3.0, backward_sparsity=0.5),
     "topkast": gossamer.TopKAST(density=0.3, refresh_interval=4),
 }
-QUICK = ["rigl-global", "snfs", "chase", "srste", "dst-target", "autosparse", "topkast"]
+QUICK = ["rigl-global", "chase", "srste", "dst-target", "topkast"]
 Wrap = Callable[[nn.Module, Sparsifier], nn.Module]
 
 
