@@ -69,11 +69,32 @@ METHODS = {
     "mest-ems": MEST(density=0.2, mutation=0.1, variant="ems", distribution="erk"),
     "srigl": SRigL(density=0.2, gamma_sal=0.8, update_interval=3),
     "srigl-whole": SRigL(density=0.2, distribution="uniform", ablation=False),
+    "rigl-block": RigL(density=0.2, block=8),
+    "chase-block": Chase(density=0.2, channel_sparsity=0.4, block=8),
+    "dst-block": DST(alpha=2e-3, block=8),
+    "static-block": Static(density=0.2, block=8),
+    "set-block": SET(density=0.2, drop="magnitude", block=8),
+    "gmp-block": GMP(density=0.2, block=8),
+    "granet-block": GraNet(density=0.2, block=8),
+    "mest-block": MEST(density=0.2, block=8, gradient_weight=0.1),
 }
 
 
 # Compiling takes seconds: one method of each family in every run, all in `make test-all`.
 COMPILED = ("chase", "dst", "autosparse", "srste", "topkast")
+# What blocks change is the Sparsifier's: in every run one mask method and the thresholds stand for
+# all, with the promises that look at supports.
+BLOCKS = [
+    (name, promise)
+    for name in ("rigl-block", "dst-block")
+    for promise in ("exact_density", "finalize_is_plain")
+]
+
+
+def is_slow(name: str, promise: str) -> bool:
+    if name.endswith("-block"):
+        return (name, promise) not in BLOCKS
+    return promise == "compiled_equals_eager" and name not in COMPILED
 
 
 @pytest.mark.parametrize(
@@ -82,9 +103,7 @@ COMPILED = ("chase", "dst", "autosparse", "srste", "topkast")
         pytest.param(
             name,
             promise,
-            marks=[pytest.mark.slow]
-            if promise == "compiled_equals_eager" and name not in COMPILED
-            else [],
+            marks=[pytest.mark.slow] if is_slow(name, promise) else [],
         )
         for name in METHODS
         for promise in CONTRACT

@@ -68,10 +68,8 @@ def _check(source: Source, n: int, m: int) -> dict[str, Any]:
             "macs_sparse": row.macs_sparse,
         }
         if row.name in blocks:
-            one |= {
-                "blocks": blocks[row.name].fits,
-                "block_density": blocks[row.name].block_density,
-            }
+            block = blocks[row.name]
+            one |= {"blocks": block.fits, "block_density": block.block_density}
         if row.name in held and row.shape[1] >= m:
             one |= {"fits": held[row.name].fits, "why": held[row.name].why}
         layers.append(one)
@@ -113,8 +111,9 @@ def _show(found: dict[str, Any]) -> None:
     print(f"{len(fitting) or 'none'} of the {len(held)} layers with a whole group are {pattern}")
     blocked = [layer for layer in found["layers"] if layer.get("blocks")]
     if blocked:
-        block = found["block"]
-        print(f"{len(blocked)} of {len(found['layers'])} layers are zero in {block}x1 blocks:")
+        layers = f"{len(blocked)} of the {len(found['layers'])} layers"
+        shrink = f"`gossamer shrink --block {_BLOCK}` leaves whole"
+        print(f"\nzeros of {layers} come in blocks of {_BLOCK} outputs, which {shrink}:")
         parts = [("layer", "density", "of blocks")]
         for layer in blocked:
             parts.append(
