@@ -1,9 +1,13 @@
 """One thread and fixed seeds for every test, so that two runs of the suite are the same run."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for what a shell has put behind it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

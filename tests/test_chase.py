@@ -1199,6 +1199,7 @@ def test_prune_residual_of_a_plain_chain_is_the_same_run() -> None:
 # Eligible channels of the published networks
 
 
+@pytest.mark.slow
 def test_eligible_channels_of_resnet50() -> None:
     model = build_model("resnet50-imagenet", num_classes=1000, in_shape=(3, 224, 224))
     sparsifier = gossamer.Sparsifier(
@@ -1268,6 +1269,7 @@ def _uniform_ratio(sparsifier: gossamer.Sparsifier, removed: float) -> float:
     return left / sum(macs.values())
 
 
+@pytest.mark.slow
 def test_eligible_channels_of_vgg19() -> None:
     model = build_model("vgg19", num_classes=100, in_shape=(3, 32, 32))
     last = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][-1]

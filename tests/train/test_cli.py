@@ -314,7 +314,9 @@ class Interrupting:
         pass
 
 
-@pytest.mark.parametrize("how", ["out", "config", "moved"])
+@pytest.mark.parametrize(
+    "how", ["out", *(pytest.param(how, marks=pytest.mark.slow) for how in ("config", "moved"))]
+)
 def test_interrupted_and_resumed(how, run_folder, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:

@@ -449,7 +449,10 @@ def test_thresholds_have_a_decay_of_their_own(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("dense_loss", "factor"), [(1e-3, 1.05), (1e3, 0.995)])
+@pytest.mark.parametrize(
+    ("dense_loss", "factor"),
+    [(1e-3, 1.05), pytest.param(1e3, 0.995, marks=pytest.mark.slow)],
+)
 def test_methods_that_follow_the_loss_are_told_it(dense_loss, factor, tmp_path):
     method = gossamer.AutoSparse(
         dense_losses=(dense_loss,), tune_end=0.5, alpha_schedule="none", alpha_reset=1.0
@@ -464,7 +467,7 @@ def test_methods_that_follow_the_loss_are_told_it(dense_loss, factor, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"channels_last": True, "optimizer": "adamw", "lr": 0.003, "precision": "bf16"},
         {"model": f"{__name__}:with_dropout", "width": 1.0, "cut": "end", "schedule": "multistep"},
     ],
@@ -488,7 +491,13 @@ def test_a_resumed_run_is_the_same_run(settings, tmp_path):
     same_metrics(tmp_path / "broken", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", METHODS)
+QUICK = ("chase", "dst", "srste")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in METHODS],
+)
 def test_every_method_resumes(name, tmp_path):
     settings = {"str": {"s_init": -5.0}}  # by default it wants a longer run
     method = METHODS[name].cls(**settings.get(name, {}))
