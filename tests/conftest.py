@@ -6,8 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for what a shell has put behind it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's & and nohup have processes ignore these, and so would the runs that are tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
