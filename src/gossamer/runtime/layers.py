@@ -8,6 +8,7 @@ operators of `torch.ops.gossamer`, with shapes for tracing, so that `torch.expor
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -98,7 +99,7 @@ def _padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, ...] | None:
     return None if any(size % 2 for size in whole) else tuple(size // 2 for size in whole)
 
 
-class Layer(nn.Module):
+class Layer(nn.Module, ABC):
     """Abstract. `forward(x, add=None)` is relu(layer(x) + add), without what is not wanted.
 
     Attributes:
@@ -119,9 +120,9 @@ class Layer(nn.Module):
         self.training = False
 
     @property
+    @abstractmethod
     def path(self) -> str:
         """How it computes, in a word."""
-        raise NotImplementedError
 
     def train(self, mode: bool = True) -> Layer:
         """Only eval mode.
