@@ -644,6 +644,7 @@ def _loss(output: Tensor | tuple[Tensor, ...], y: Tensor) -> Tensor:
     return F.cross_entropy(outputs[0], y) + sum(out.square().mean() for out in outputs[1:])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ZOO)
 def test_locked_or_exact(name: str) -> None:
     _, cut_layers, kept_layers = ZOO[name]

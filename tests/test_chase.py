@@ -369,6 +369,7 @@ def _audited(name: str, chase: gossamer.Chase, optimizer: str = "sgd", **options
     return model, sparsifier, opt, audit
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("cut", ["end", "during"])
 @pytest.mark.parametrize("name", NETS)
 def test_every_step_equals_the_twin(name: str, cut: str) -> None:
@@ -394,6 +395,7 @@ def test_every_step_equals_the_twin(name: str, cut: str) -> None:
         )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("cut", ["end", "during"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_step_equals_the_twin_with_every_optimizer(optimizer: str, cut: str) -> None:
@@ -403,6 +405,7 @@ def test_every_step_equals_the_twin_with_every_optimizer(optimizer: str, cut: st
     assert any(torch.is_tensor(value) and value.dim() > 0 for value in state.values())
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -497,6 +500,7 @@ def _plant(model: nn.Module, layers: Sequence[str], kind: str, dead_of) -> None:
         parameter.register_hook(plant)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("name", ["vgg", "mobilenet", "conv_flatten_linear"])
 def test_nothing_grows_in_removed_channels(name: str, optimizer: str) -> None:
@@ -678,12 +682,14 @@ def _same_parameters(masked, slim) -> None:
     assert seen > 4
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("name", NETS)
 def test_masked_and_cut_train_alike(name: str, optimizer: str) -> None:
     _train_alike(_pair(name, optimizer, torch.float64, _chase()))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -795,6 +801,7 @@ def _kept(plan: gossamer.Plan) -> dict[tuple[str, int], list[int]]:
     return {(cut.tensor, cut.dim): cut.keep.tolist() for cut in plan.changes}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", NETS)
 def test_masked_then_shrunk_is_the_network_cut_during_training(name: str) -> None:
     _shrunk_alike(_pair(name, "sgd", torch.float64, _chase()))
@@ -855,6 +862,7 @@ STOPS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("name", "optimizer", "cut", "stop"),
     [(*run, stop) for run, stops in STOPS.items() for stop in stops],
@@ -1035,6 +1043,7 @@ def _skip(**changes) -> gossamer.Chase:
     return _chase(prune_residual=True, **changes)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("cut", ["end", "during"])
 @pytest.mark.parametrize("name", SKIP_NETS)
 def test_every_step_on_skip_paths_equals_the_twin(name: str, cut: str) -> None:
@@ -1054,6 +1063,7 @@ def test_every_step_on_skip_paths_equals_the_twin(name: str, cut: str) -> None:
     assert any(audit.removed_numbers()[name] for name in shared)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -1069,6 +1079,7 @@ def test_skip_paths_equal_the_twin_with_other_settings(changes) -> None:
     _audited("basic", _skip(**changes))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("name", "optimizer"), [*((name, "sgd") for name in SKIP_NETS), ("mobilenetv2", "adamw")]
 )

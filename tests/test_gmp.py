@@ -67,6 +67,7 @@ def test_the_schedule_ends_inside_the_run(total: int, fractions: tuple[float, fl
 # Training
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -112,6 +113,7 @@ def test_training_equals_the_twin(name: str, options: dict, optimizer: str) -> N
         assert torch.equal(model.state_dict()[key], value), key
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("distribution", ["uniform", "erk", "er"])
 @pytest.mark.parametrize("name", NETS)

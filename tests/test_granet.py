@@ -107,6 +107,7 @@ def test_pruning_ranks_all_layers_and_regeneration_stays_in_each() -> None:
 # Training
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -157,6 +158,7 @@ def test_training_equals_the_twin(name: str, options: dict, optimizer: str) -> N
         assert torch.equal(model.state_dict()[key], value), key
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("initial", [1.0, 0.5])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("name", NETS)

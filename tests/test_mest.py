@@ -121,6 +121,7 @@ def _apart(flat: np.ndarray, like: list[np.ndarray]) -> list[np.ndarray]:
     return [p.reshape(a.shape) for p, a in zip(np.split(flat, ends), like, strict=True)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
@@ -176,6 +177,7 @@ def test_training_equals_the_twin(name: str, options: dict, optimizer: str, vari
         assert torch.equal(model.state_dict()[key], value), key
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", NETS)

@@ -126,6 +126,7 @@ LARGE = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", LARGE)
 def test_large(kind: str) -> None:
     scores = _large(kind, torch.Generator().manual_seed(1))

@@ -109,6 +109,7 @@ def test_every_empty_place_is_equally_likely() -> None:
 # Training
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -150,6 +151,7 @@ def test_training_equals_the_twin(name: str, options: dict, optimizer: str) -> N
         assert torch.equal(model.state_dict()[key], value), key
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("name", NETS)
 def test_counts_are_exact_and_growth_starts_at_zero(name: str, scope: str) -> None:

@@ -172,6 +172,7 @@ def test_copies_have_it() -> None:
 # Training
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -211,6 +212,7 @@ def test_training_equals_the_twin(name: str, options: dict, optimizer: str) -> N
         assert torch.equal(model.state_dict()[key], value), key
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("density", [0.05, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("name", NETS)

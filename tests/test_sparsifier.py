@@ -820,6 +820,7 @@ def test_a_layer_that_no_loss_reaches() -> None:
 # The plain loop, with a loss that outlives the step
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", NETS)
 def test_the_loop_of_the_readme_with_old_graphs_alive(name: str) -> None:
     """A cut while the last loss, and all before it, still hold their graphs."""
@@ -849,6 +850,7 @@ def test_the_loop_of_the_readme_with_old_graphs_alive(name: str) -> None:
     assert _same(results[0][1], results[1][1])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "make",
     [

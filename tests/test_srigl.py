@@ -185,6 +185,7 @@ def test_the_start_is_uniform() -> None:
 # Training
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -232,6 +233,7 @@ def test_training_equals_the_twin(name: str, options: dict, optimizer: str) -> N
         assert torch.equal(model.state_dict()[key], value), key
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("distribution", ["erk", "uniform"])
 @pytest.mark.parametrize("name", NETS)
 def test_fan_ins_are_equal_after_every_update(name: str, distribution: str) -> None:

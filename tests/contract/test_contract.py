@@ -91,20 +91,18 @@ BLOCKS = [
 ]
 
 
-def is_slow(name: str, promise: str) -> bool:
+def marks(name: str, promise: str) -> list[pytest.MarkDecorator]:
     if name.endswith("-block"):
-        return (name, promise) not in BLOCKS
-    return promise == "compiled_equals_eager" and name not in COMPILED
+        return [] if (name, promise) in BLOCKS else [pytest.mark.slow]
+    if promise == "compiled_equals_eager":
+        return [] if name in COMPILED else [pytest.mark.slow]
+    return [pytest.mark.one_in(3)] if "-" in name else []  # settings of a method that is here
 
 
 @pytest.mark.parametrize(
     ("name", "promise"),
     [
-        pytest.param(
-            name,
-            promise,
-            marks=[pytest.mark.slow] if is_slow(name, promise) else [],
-        )
+        pytest.param(name, promise, marks=marks(name, promise))
         for name in METHODS
         for promise in CONTRACT
     ],

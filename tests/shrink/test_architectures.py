@@ -131,6 +131,7 @@ def rows(pair: Pair) -> dict[str, Any]:
 # ---------------------------------------------------------------------- cut at random
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ALL)
 def test_what_must_be_cut_is(name: str) -> None:
     pair = cut_at_random(name)
@@ -147,6 +148,7 @@ def test_what_must_be_cut_is(name: str) -> None:
         assert word in report[layer].note
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", ALL)
 def test_outputs_stay(name: str, training: bool) -> None:
@@ -162,6 +164,7 @@ def test_outputs_stay(name: str, training: bool) -> None:
         assert_same(compute(masked32, x), compute(slim32, x), 1e-5)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ALL)
 def test_training_goes_on_as_if_nothing_had_been_cut(name: str) -> None:
     """Two steps of momentum: every parameter, statistic and momentum that is left."""
@@ -263,6 +266,7 @@ CHASE = gossamer.Chase(
 )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", _quick(SPARSE, TRAINED))
 def test_channels_that_chase_removed_are_cut(name: str) -> None:
     sparsifier = trained(name, CHASE, "end", 10)

@@ -175,6 +175,7 @@ def test_layers_that_exist_in_no_such_width_are_refused(layer: nn.Module, tensor
 # Whole networks, while they train
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("name", NETS)
 def test_a_cut_taken_back_leaves_no_trace(name: str, optimizer: str) -> None:

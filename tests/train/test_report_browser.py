@@ -68,6 +68,7 @@ def browser():
         started.close()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("name", "scheme", "size"),
     [

@@ -491,7 +491,7 @@ def test_a_resumed_run_is_the_same_run(settings, tmp_path):
     same_metrics(tmp_path / "broken", tmp_path / "whole")
 
 
-QUICK = ("chase", "dst", "srste")
+QUICK = ("chase", "dst")
 
 
 @pytest.mark.parametrize(
