@@ -31,6 +31,7 @@ constexpr int kWidth = 8, kTileRows = 8, kTileBlock16 = 2, kBlockRows = 4;
 constexpr int kWidth = 4, kTileRows = 8, kTileBlock16 = 2, kBlockRows = 4;
 #endif
 constexpr int kPanelVectors = kPanel / kWidth;
+constexpr int64_t kCacheFloats = 1 << 19;  // more do not stay in a second-level cache
 
 using Vec = float __attribute__((vector_size(4 * kWidth)));
 using Bits = uint32_t __attribute__((vector_size(4 * kWidth)));
@@ -137,6 +138,7 @@ struct Sums {
   int64_t stride;    // from one output to the next in out and add
   const float* add;  // null: none
   bool relu;
+  bool far;  // rows of y, which no cache holds: fetched ahead
 };
 
 inline Vec first_sum(const Sums& sums, int64_t at, float bias) {
@@ -197,7 +199,18 @@ using PanelKernel = void (*)(const PanelLists&, const int32_t* offsets, const fl
 template <int Tile>
 void rows_panel(const PanelLists& panel, const int32_t* offsets, const float* input,
                 const Sums& sums) {
-  for (int r = 0; r < panel.outputs; ++r) row<Tile>(panel, r, offsets, input, sums);
+  constexpr int kAhead = 4;  // rows
+  for (int r = 0; r < panel.outputs; ++r) {
+    if (sums.far) {
+      const int64_t next = (r + kAhead) * sums.stride;
+      GSM_UNROLL
+      for (int t = 0; t < Tile; ++t) {
+        __builtin_prefetch(sums.out + next + t * kWidth, 1);
+        if (sums.add) __builtin_prefetch(sums.add + next + t * kWidth);
+      }
+    }
+    row<Tile>(panel, r, offsets, input, sums);
+  }
 }
 
 // A panel of 16 outputs with one list: an input is loaded once for kBlockRows outputs.
@@ -269,17 +282,18 @@ void pack_linear(const Job& job, int64_t first, int64_t channels, int64_t from, 
   }
 }
 
-// Copies columns [from, from + plane.length) of one channel and plane, padding written out.
+// Copies columns [from, from + plane.length) of one channel and plane, padding written out. Whole
+// vectors: less than 16 floats behind the last one are written too, before what belongs there.
 void pack_plane(const Job& job, const Plane& plane, int64_t channel, int64_t from, float* to) {
   // Columns [left, right) of a row lie inside the image.
   const int64_t left = most(0, (job.pad_w - plane.column + job.stride_w - 1) / job.stride_w);
   const int64_t right = least(
       job.pitch, (job.width + job.pad_w - plane.column + job.stride_w - 1) / job.stride_w);
-  int64_t line = from / job.pitch, v = from % job.pitch;
-  for (int64_t done = 0; done < plane.length; ++line, v = 0) {
+  int64_t v = from % job.pitch, row = from / job.pitch % job.rows;
+  int64_t image = from / job.pitch / job.rows;
+  for (int64_t done = 0; done < plane.length; v = 0) {
     const int64_t end = least(job.pitch, v + plane.length - done);
-    const int64_t image = line / job.rows;
-    const int64_t y = line % job.rows * job.stride_h + plane.row - job.pad_h;
+    const int64_t y = row * job.stride_h + plane.row - job.pad_h;
     const bool inside = image < job.batch && y >= 0 && y < job.height;
     const int64_t begin = inside ? least(end, most(v, left)) : end;
     const int64_t stop = inside ? most(begin, least(end, right)) : end;
@@ -288,27 +302,26 @@ void pack_plane(const Job& job, const Plane& plane, int64_t channel, int64_t fro
     if (begin < stop) {
       const float* x = job.x + ((image * job.channels + channel) * job.height + y) * job.width +
                        plane.column - job.pad_w;
+      const float* next = x + job.height * job.width;  // the same line of the next channel
+      const float* x_end = job.x + job.batch * job.channels * job.height * job.width;
       int64_t i = begin;
       if (job.stride_w == 1) {
-        const float* next = x + job.height * job.width;  // the same line of the next channel
-        for (; i + 16 <= stop; i += 16) {
+        for (; i < stop && x + i + 16 <= x_end; i += 16) {
           __builtin_prefetch(next + i);
           std::memcpy(out + i, x + i, 64);
         }
       } else if (job.stride_w == 2) {
-        const float* x_end = job.x + job.batch * job.channels * job.height * job.width;
-        for (; i + kWidth <= stop && x + 2 * (i + kWidth) <= x_end; i += kWidth)
+        for (; i < stop && x + 2 * (i + kWidth) <= x_end; i += kWidth) {
+          __builtin_prefetch(next + 2 * i);
+          __builtin_prefetch(next + 2 * i + kWidth);
           store(out + i, evens(load(x + 2 * i), load(x + 2 * i + kWidth)));
-        if (stop - kWidth >= begin && x + 2 * stop <= x_end) {  // the rest, with some once more
-          const float* tail = x + 2 * (stop - kWidth);
-          store(out + stop - kWidth, evens(load(tail), load(tail + kWidth)));
-          i = stop;
         }
       }
       for (; i < stop; ++i) out[i] = x[i * job.stride_w];
     }
     for (int64_t i = stop; i < end; ++i) out[i] = 0;
     done += end - v;
+    if (++row == job.rows) row = 0, ++image;  // cheaper than dividing: lines are short
   }
 }
 
@@ -451,12 +464,13 @@ void panels(const Job& job, int64_t group, int64_t begin, int64_t end, int64_t f
       const int64_t at = b + 1 < h.blocks ? -1 : direct(job, from + unit * kWidth, tile * kWidth);
       for (int64_t p = begin; p < end; ++p) {
         float* sum = tile_sums(p, unit);
-        Sums place = {b == 0 ? nullptr : sum, sum, tile * kWidth, nullptr, false};
+        Sums place = {b == 0 ? nullptr : sum, sum, tile * kWidth, nullptr, false, false};
         if (at >= 0) {
           const int64_t size = job.out_height * job.out_width;
           const int64_t first = at + (group * group_outputs + p * kPanel) * size;
           place.out = job.y + first, place.stride = size;
           place.add = job.add ? job.add + first : nullptr, place.relu = job.relu;
+          place.far = job.batch * job.outputs * size > kCacheFloats;
         }
         kernel(panel_lists(job, group, b, p, decoded), job.offsets, x, place);
       }
@@ -487,11 +501,17 @@ void strip(const Job& job, int64_t number, int64_t chunk, float* scratch) {
   const int64_t first = part(h.panels * groups, job.chunks, chunk);
   const int64_t last = part(h.panels * groups, job.chunks, chunk + 1);
   for (int64_t group = first / h.panels; group * h.panels < last; ++group) {
-    pack(job, group * channels, channels, from, units * kWidth, scratch);
+    const float* input = scratch;
+    if (job.in_place) {
+      const int64_t size = job.height * job.width, image = from / size;
+      input = job.x + (image * job.channels + group * channels) * size + from % size;
+    } else {
+      pack(job, group * channels, channels, from, units * kWidth, scratch);
+    }
     const int64_t begin = most(0, first - group * h.panels);
     const int64_t end = least(h.panels, last - group * h.panels);
     for (int64_t p = begin; p < end; p += job.sum_panels)
-      panels(job, group, p, least(end, p + job.sum_panels), from, units, scratch, sums, decoded);
+      panels(job, group, p, least(end, p + job.sum_panels), from, units, input, sums, decoded);
   }
 }
 

@@ -59,7 +59,8 @@ struct Job {
   float* y;
   bool relu;
 
-  bool linear;  // x and y are (columns, channels): both are transposed on the way
+  bool linear;    // x and y are (columns, channels): both are transposed on the way
+  bool in_place;  // the columns are those of x: nothing is copied
   int64_t batch, channels, height, width;     // of x
   int64_t outputs, out_height, out_width;     // of y
   int64_t rows, pitch, columns;

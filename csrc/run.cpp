@@ -95,10 +95,27 @@ void lay_out_columns(Call& call) {
   job.columns = ((job.batch - 1) * job.rows + job.out_height - 1) * job.pitch + job.out_width;
 }
 
+// Whether a 1x1 convolution can read its input where it is: maps of whole vectors, whose channels do
+// not all fall on the same few sets of the caches, as they do 8 lines of a cache apart.
+bool readable_in_place(const Job& job) {
+  const gsm_layer& l = job.packed->layer;
+  const bool pointwise = l.kernel_h == 1 && l.kernel_w == 1 && !l.pad_h && !l.pad_w;
+  const int64_t size = job.height * job.width;
+  return pointwise && l.stride_h == 1 && l.stride_w == 1 && !job.linear && size % 16 == 0 &&
+         size / 16 % 8 != 0 && reinterpret_cast<uintptr_t>(job.x) % 64 == 0;
+}
+
 // After the strips are known: how much of every plane a strip needs, and where taps begin in it.
 void lay_out_planes(Call& call, int64_t strip_columns) {
   Job& job = call.job;
   const gsm_layer& l = job.packed->layer;
+  if (job.in_place) {
+    job.channel_floats = job.height * job.width;
+    for (int64_t c = 0; c < job.packed->block_channels; ++c)
+      call.offsets.push_back(int32_t(c * job.channel_floats));
+    job.offsets = call.offsets.data();
+    return;
+  }
   std::vector<int64_t> within;
   std::vector<size_t> plane_of;
   for (int64_t i = 0; i < l.kernel_h; ++i) {
@@ -147,7 +164,8 @@ bool lay_out_strips(Call& call, const Kernels& k, int threads) {
   const int64_t columns = input_floats / (l.in_channels / l.groups);
   const int64_t strip_units =
       std::max({job.tile_units, columns / k.width, divide_up(2 * call.reach, k.width)});
-  job.strips = divide_up(job.units, strip_units);
+  const int64_t pieces = job.in_place ? job.batch : 1;  // no strip has columns of two images then
+  job.strips = pieces * divide_up(job.units / pieces, strip_units);
   const int64_t widest = divide_up(job.units, job.strips);
   job.chunks = threads == 1 || job.strips >= 4 * threads
                    ? 1
@@ -156,7 +174,7 @@ bool lay_out_strips(Call& call, const Kernels& k, int threads) {
 
   lay_out_planes(call, widest * k.width);
   const int64_t channels = std::max(l.in_channels / l.groups, h.block_channels);
-  job.input_floats = channels * job.channel_floats;
+  job.input_floats = job.in_place ? 0 : channels * job.channel_floats;
   job.sum_floats = widest * job.sum_panels * k.width * kPanel;
   job.value_floats = h.storage == GSM_F32 ? 0 : int64_t(call.offsets.size()) * kPanel;
   return h.block_channels * job.channel_floats <= std::numeric_limits<int32_t>::max();
@@ -228,6 +246,7 @@ int32_t run(const Header& h, const float* x, int64_t batch, int64_t height, int6
   const Kernels& k = kernels();
   Run shared{&job, &k};
   lay_out_columns(call);
+  job.in_place = readable_in_place(job);
   if (job.linear && l.groups == 1 && job.columns <= few_columns(h.format)) {
     parallel(threads, divide_up(h.panels, kFewPanels), run_few, &shared);
   } else {
