@@ -46,6 +46,24 @@ inline Vec load(const float* p) {
   return v;
 }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+// The first `count` floats, fewer than a vector.
+#if defined(__AVX512F__)
+inline Vec load_some(const float* p, int64_t count) {
+  return (Vec)_mm512_maskz_loadu_ps(__mmask16((1 << count) - 1), p);
+}
+inline void store_some(float* p, Vec v, int64_t count) {
+  _mm512_mask_storeu_ps(p, __mmask16((1 << count) - 1), (__m512)v);
+}
+#else
+inline Vec load_some(const float* p, int64_t count) {
+  Vec v{};
+  std::memcpy(&v, p, size_t(count) * sizeof(float));
+  return v;
+}
+inline void store_some(float* p, Vec v, int64_t count) {
+  std::memcpy(p, &v, size_t(count) * sizeof(float));
+}
+#endif
 inline Vec splat(float value) { return value - Vec{}; }
 
 // Stored values as floats, kWidth at a time.
@@ -298,7 +316,7 @@ void pack_plane(const Job& job, const Plane& plane, int64_t channel, int64_t fro
     const int64_t begin = inside ? least(end, most(v, left)) : end;
     const int64_t stop = inside ? most(begin, least(end, right)) : end;
     float* out = to + done - v;
-    for (int64_t i = v; i < begin; ++i) out[i] = 0;
+    for (int64_t i = v; i < begin; i += kWidth) store(out + i, Vec{});
     if (begin < stop) {
       const float* x = job.x + ((image * job.channels + channel) * job.height + y) * job.width +
                        plane.column - job.pad_w;
@@ -319,7 +337,7 @@ void pack_plane(const Job& job, const Plane& plane, int64_t channel, int64_t fro
       }
       for (; i < stop; ++i) out[i] = x[i * job.stride_w];
     }
-    for (int64_t i = stop; i < end; ++i) out[i] = 0;
+    for (int64_t i = stop; i < end; i += kWidth) store(out + i, Vec{});
     done += end - v;
     if (++row == job.rows) row = 0, ++image;  // cheaper than dividing: lines are short
   }
@@ -370,21 +388,20 @@ void unpack_map(const Job& job, int64_t first, int count, int64_t from, int64_t 
     if (image >= job.batch) return;
     const int64_t end = least(out_width, v + length - done);
     if (y >= out_rows || v >= end) continue;
+    const int64_t n = end - v, whole_vectors = n / kWidth * kWidth;
     for (int r = 0; r < count; ++r) {
       const int64_t at = (image * job.outputs + first + r) * size + y * out_width + v;
       const float* from_sum = sum + r * stride + done;
-      float* to = job.y + at;
-      const int64_t n = end - v;
-      if (job.add) {
-        const float* add = job.add + at;
-        for (int64_t i = 0; i < n; ++i) {
-          const float value = from_sum[i] + add[i];
-          to[i] = job.relu ? relu(value) : value;
-        }
-      } else if (job.relu) {
-        for (int64_t i = 0; i < n; ++i) to[i] = relu(from_sum[i]);
-      } else {
-        std::memcpy(to, from_sum, size_t(n) * sizeof(float));
+      auto finished = [&](Vec value, Vec added) {
+        if (job.add) value += added;
+        return job.relu ? relu(value) : value;
+      };
+      int64_t i = 0;
+      for (; i < whole_vectors; i += kWidth)
+        store(job.y + at + i, finished(load(from_sum + i), job.add ? load(job.add + at + i) : Vec{}));
+      if (i < n) {
+        const Vec added = job.add ? load_some(job.add + at + i, n - i) : Vec{};
+        store_some(job.y + at + i, finished(load_some(from_sum + i, n - i), added), n - i);
       }
     }
   }

@@ -28,10 +28,10 @@ bool storable(const gsm_layer& layer, int format) {
 }
 
 // Channels per block, as even as can be. 128 columns of 64 channels (with the columns beside them that
-// a k x k kernel reads, of 32) fill two thirds of a 48 KB first-level cache. More of them where the
-// zeros leave so few entries to a list that loading and storing its sums would cost more than those
-// save: best from 50 % to 95 % zeros were 26 entries of a 1x1 kernel, and 12 of larger ones. block16
-// loads an input once for 16 outputs and needs no such care.
+// a k x k kernel reads, of 32) fill two thirds of a 48 KB first-level cache; behind 512 channels maps
+// are smaller than that. More of them where the zeros leave so few entries to a list that loading and
+// storing its sums would cost more than those save: 24 or 26 were best from 50 % to 95 % zeros.
+// block16 loads an input once for 16 outputs and needs no such care.
 int64_t channels_per_block(const gsm_layer& layer, int format, const float* weight) {
   if (format == GSM_LANES) return kWindow;
   int64_t wanted = kTableLimit;
@@ -39,8 +39,8 @@ int64_t channels_per_block(const gsm_layer& layer, int format, const float* weig
     const int64_t pairs = layer.out_channels * inputs(layer), size = pairs * taps(layer);
     int64_t entries = 1;
     for (int64_t i = 0; i < size; ++i) entries += weight[i] != 0;
-    wanted = taps(layer) == 1 ? std::clamp<int64_t>(26 * pairs / entries, 64, 512)
-                              : std::clamp<int64_t>(12 * pairs / entries, 32, 256);
+    const int64_t least = taps(layer) == 1 || inputs(layer) >= 512 ? 64 : 32;
+    wanted = std::clamp<int64_t>((taps(layer) == 1 ? 26 : 24) * pairs / entries, least, 512);
   }
   const int64_t most = std::max<int64_t>(1, std::min(wanted, kTableLimit / taps(layer)));
   return divide_up(inputs(layer), divide_up(inputs(layer), most));
