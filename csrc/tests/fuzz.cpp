@@ -1,7 +1,7 @@
 // Random layers on every instruction set against a float64 reference, for the sanitizers.
 //
 // Every array is a heap block of exactly its size, so that AddressSanitizer sees a read of a single
-// float beside it, and starts four bytes behind the alignment of vectors.
+// float beside it, and starts at a multiple of 64 bytes or four bytes behind one.
 //
 //     fuzz [layers] [seed]
 #include <cmath>
@@ -33,14 +33,15 @@ void fail(const char* what, const gsm_layer& l, int format, int storage, int isa
   std::exit(1);
 }
 
-// Floats that start four bytes behind a multiple of 64, and end where the heap block ends.
+// Floats that end where the heap block ends.
 class Floats {
  public:
-  explicit Floats(int64_t size)
-      : memory_(static_cast<char*>(std::malloc(size_t(size) * 4 + 4))), size_(size) {}
+  explicit Floats(int64_t size, bool aligned = false) : offset_(aligned ? 0 : 4), size_(size) {
+    if (posix_memalign(&memory_, 64, size_t(size) * 4 + offset_)) std::abort();
+  }
   ~Floats() { std::free(memory_); }
   Floats(const Floats&) = delete;
-  float* data() { return reinterpret_cast<float*>(memory_ + 4); }
+  float* data() { return reinterpret_cast<float*>(static_cast<char*>(memory_) + offset_); }
   float& operator[](int64_t i) { return data()[i]; }
   void fill() {
     std::normal_distribution<float> normal;
@@ -48,7 +49,8 @@ class Floats {
   }
 
  private:
-  char* memory_;
+  void* memory_;
+  size_t offset_;
   int64_t size_;
 };
 
@@ -75,8 +77,9 @@ double reference(const gsm_layer& l, const Maps& m, Floats& x, const float* weig
 void one_layer(int isa) {
   const int format = int(pick(GSM_ROWS, GSM_LANES)), storage = int(pick(GSM_F32, GSM_INT8));
   const bool linear = format == GSM_LANES || chance(0.4);
-  auto size = [&](int64_t low, int64_t high, int64_t linear_size) {
-    return int32_t(linear ? linear_size : pick(low, high));
+  const bool pointwise = linear || chance(0.3);
+  auto size = [&](int64_t low, int64_t high, int64_t pointwise_size) {
+    return int32_t(pointwise ? pointwise_size : pick(low, high));
   };
   gsm_layer l{};
   l.groups = format == GSM_LANES ? 1 : int32_t(pick(1, 3));
@@ -87,6 +90,7 @@ void one_layer(int isa) {
   l.dilation_h = size(1, 2, 1), l.dilation_w = size(1, 2, 1);
   l.pad_h = size(0, 3, 0), l.pad_w = size(0, 3, 0);
   Maps m{pick(0, 4), size(1, 12, 1), size(1, 24, 1), 0, 0};
+  if (pointwise && !linear) m.height = 4 * pick(1, 5), m.width = 4 * pick(1, 5);
   if (linear && chance(0.5)) m.batch = pick(1, 90);
   const int64_t room_h = m.height + 2 * l.pad_h - (l.kernel_h - 1) * l.dilation_h - 1;
   const int64_t room_w = m.width + 2 * l.pad_w - (l.kernel_w - 1) * l.dilation_w - 1;
@@ -112,7 +116,7 @@ void one_layer(int isa) {
     if (storage == GSM_F32 ? stored[i] != weight[i] : std::fabs(stored[i] - weight[i]) > 0.04)
       fail("gsm_unpack", l, format, storage, isa);
 
-  Floats x(m.batch * l.in_channels * m.height * m.width), bias(l.out_channels);
+  Floats x(m.batch * l.in_channels * m.height * m.width, chance(0.5)), bias(l.out_channels);
   const int64_t outputs = m.batch * l.out_channels * m.out_height * m.out_width;
   Floats y(outputs), add(outputs);
   x.fill(), bias.fill(), add.fill();

@@ -164,6 +164,24 @@ def test_several_strips(isa: Isa, format: Format) -> None:
     assert_close(kernels.run(packed, x), F.conv2d(x.double(), weight.double(), padding=1))
 
 
+@pytest.mark.parametrize("format", ["rows", "block16"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_inputs_read_in_place_and_copied_give_the_same(
+    isa: Isa, format: Format, threads: int
+) -> None:
+    weight = sparse(40, 48, 1, 1, density=0.1)
+    packed = kernels.pack(weight, groups=2, format=format)
+    x, add = torch.randn(3, 96, 12, 20), torch.randn(3, 40, 12, 20)
+    memory = torch.empty(x.numel() + 1)
+    moved = memory[1:].view(x.shape).copy_(x)
+    assert (x.data_ptr() % 64, moved.data_ptr() % 64) == (0, 4)
+    settings = {"add": add, "relu": True, "threads": threads}
+    in_place, copied = (kernels.run(packed, each, **settings) for each in (x, moved))
+    assert torch.equal(in_place, copied)
+    wanted = F.conv2d(x.double(), weight.double(), groups=2) + add.double()
+    assert_close(in_place, wanted.relu())
+
+
 @pytest.mark.parametrize("format", get_args(Format))
 def test_nan_and_infinity_go_where_the_weight_is_not_zero(isa: Isa, format: Format) -> None:
     weight = torch.zeros(32, 40)
