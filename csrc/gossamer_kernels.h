@@ -18,7 +18,7 @@
 
 #include <stdint.h>
 
-#define GSM_ABI_VERSION 1
+#define GSM_ABI_VERSION 2
 
 #if defined(__GNUC__)
 #define GSM_API __attribute__((visibility("default")))
@@ -95,6 +95,16 @@ GSM_API int32_t gsm_unpack(const void* packed, float* weight);
 GSM_API int32_t gsm_run(const void* packed, const float* x, int64_t batch, int64_t height,
                         int64_t width, const float* bias, const float* add, int32_t relu, float* y,
                         int32_t threads);
+
+/* Maxima of windows, NaN where there is one. Between a dense layer and sparse ones: x has its
+ * channels last, (batch, height, width, channels), and y has them first. No window may lie wholly in
+ * the padding. */
+typedef struct {
+  int64_t batch, channels, height, width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+} gsm_pool;
+
+GSM_API int32_t gsm_max_pool(const gsm_pool* pool, const float* x, float* y, int32_t threads);
 
 #ifdef __cplusplus
 }

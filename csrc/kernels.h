@@ -733,7 +733,48 @@ void few_any(const Job& job, int64_t panel) {
   if (job.packed->storage == GSM_INT8) few<int8_t>(job, panel);
 }
 
-constexpr Kernels kKernels = {kWidth, kTileRows, kTileBlock16, strip, few_any};
+// ---- Max pooling ------------------------------------------------------------------------------
+
+// Of kWidth channels: the maxima over a window, whose inputs inside the image these are.
+Vec window_max(const float* x, int64_t lines, int64_t columns, int64_t pitch, int64_t step,
+               int64_t channels) {
+  Vec best = splat(-__builtin_inff());
+  for (int64_t i = 0; i < lines; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      const float* at = x + i * pitch + j * step;
+      const Vec v = channels == kWidth ? load(at) : load_some(at, channels);
+      best = (v > best) | (v != v) ? v : best;
+    }
+  return best;
+}
+
+void max_pool(const PoolJob& job, int64_t line) {
+  const gsm_pool& p = job.pool;
+  const int64_t image = line / job.out_height, row = line % job.out_height;
+  const int64_t top = row * p.stride_h - p.pad_h, first_line = most(0, top);
+  const int64_t lines = least(p.height, top + p.kernel_h) - first_line;
+  const float* x = job.x + (image * p.height + first_line) * p.width * p.channels;
+  float* y = job.y + (image * p.channels * job.out_height + row) * job.out_width;
+  for (int64_t c = 0; c < p.channels; c += kWidth) {
+    const int64_t channels = least(kWidth, p.channels - c);
+    for (int64_t column = 0; column < job.out_width; column += kWidth) {
+      const int64_t columns = least(kWidth, job.out_width - column);
+      Vec v[kWidth] = {};
+      for (int64_t i = 0; i < columns; ++i) {
+        const int64_t left = (column + i) * p.stride_w - p.pad_w, first = most(0, left);
+        v[i] = window_max(x + first * p.channels + c, lines, least(p.width, left + p.kernel_w) - first,
+                          p.width * p.channels, p.channels, channels);
+      }
+      transpose(v);
+      for (int64_t r = 0; r < channels; ++r) {
+        float* to = y + (c + r) * job.out_height * job.out_width + column;
+        columns == kWidth ? store(to, v[r]) : store_some(to, v[r], columns);
+      }
+    }
+  }
+}
+
+constexpr Kernels kKernels = {kWidth, kTileRows, kTileBlock16, strip, few_any, max_pool};
 
 }  // namespace
 }  // namespace gsm

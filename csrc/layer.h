@@ -77,12 +77,21 @@ struct Job {
   int64_t input_floats, sum_floats, value_floats;  // scratch memory
 };
 
+// One call of gsm_max_pool, prepared.
+struct PoolJob {
+  gsm_pool pool;
+  int64_t out_height, out_width;
+  const float* x;
+  float* y;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   int width;                            // floats in a vector
   int max_tile_rows, max_tile_block16;  // vectors of columns that one pass keeps in registers
   void (*strip)(const Job& job, int64_t strip, int64_t chunk, float* scratch);
   void (*few)(const Job& job, int64_t panel);  // linear layers of small batch: no transposition
+  void (*max_pool)(const PoolJob& job, int64_t line);  // of all images' output lines
 };
 
 extern const Kernels kernels_portable;

@@ -5,6 +5,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "layer.h"
@@ -205,6 +206,11 @@ void run_few(void* context, int64_t i) {
   for (int64_t p = i * kFewPanels; p < end; ++p) run.kernels->few(*run.job, p);
 }
 
+void run_pool(void* context, int64_t i) {
+  const auto& [job, kernels] = *static_cast<std::pair<const PoolJob*, const Kernels*>*>(context);
+  kernels->max_pool(*job, i);
+}
+
 // Up to which batch a linear layer is cheaper without columns in vectors.
 int64_t few_columns(int format) {
   if (format == GSM_LANES) return std::numeric_limits<int64_t>::max();
@@ -283,4 +289,21 @@ int32_t gsm_run(const void* packed, const float* x, int64_t batch, int64_t heigh
   } catch (const std::bad_alloc&) {
     return GSM_NO_MEMORY;
   }
+}
+
+int32_t gsm_max_pool(const gsm_pool* pool, const float* x, float* y, int32_t threads) {
+  constexpr int64_t limit = int64_t(1) << 31;
+  if (!pool || threads < 1) return GSM_BAD_ARGUMENT;
+  const gsm_pool& p = *pool;
+  for (int64_t size : {p.channels, p.height, p.width, p.kernel_h, p.kernel_w, p.stride_h, p.stride_w})
+    if (size < 1 || size >= limit) return GSM_BAD_ARGUMENT;
+  if (p.batch < 0 || p.batch >= limit || p.pad_h < 0 || p.pad_w < 0) return GSM_BAD_ARGUMENT;
+  if (2 * p.pad_h > p.kernel_h || 2 * p.pad_w > p.kernel_w) return GSM_BAD_ARGUMENT;
+  const int64_t room_h = p.height + 2 * p.pad_h - p.kernel_h;
+  const int64_t room_w = p.width + 2 * p.pad_w - p.kernel_w;
+  if (room_h < 0 || room_w < 0 || (p.batch && (!x || !y))) return GSM_BAD_ARGUMENT;
+  const PoolJob job = {p, room_h / p.stride_h + 1, room_w / p.stride_w + 1, x, y};
+  std::pair<const PoolJob*, const Kernels*> context = {&job, &kernels()};
+  parallel(threads, p.batch * job.out_height, run_pool, &context);
+  return GSM_OK;
 }

@@ -4,6 +4,7 @@
 // float beside it, and starts at a multiple of 64 bytes or four bytes behind one.
 //
 //     fuzz [layers] [seed]
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -150,6 +151,32 @@ void one_layer(int isa) {
   }
 }
 
+void one_pool(int isa) {
+  gsm_pool p{pick(0, 3), pick(1, 40), pick(1, 9), pick(1, 40), 0, 0, pick(1, 3), pick(1, 3), 0, 0};
+  p.kernel_h = pick(1, 5), p.kernel_w = pick(1, 5);
+  p.pad_h = pick(0, p.kernel_h / 2), p.pad_w = pick(0, p.kernel_w / 2);
+  const int64_t room_h = p.height + 2 * p.pad_h - p.kernel_h;
+  const int64_t room_w = p.width + 2 * p.pad_w - p.kernel_w;
+  if (room_h < 0 || room_w < 0) return;
+  const int64_t out_h = room_h / p.stride_h + 1, out_w = room_w / p.stride_w + 1;
+  Floats x(p.batch * p.height * p.width * p.channels), y(p.batch * p.channels * out_h * out_w);
+  x.fill();
+  bool same = gsm_max_pool(&p, x.data(), y.data(), int(pick(1, 3))) == GSM_OK;
+  for (int64_t i = 0; i < p.batch * p.channels * out_h * out_w; ++i) {
+    const int64_t left = i % out_w * p.stride_w - p.pad_w;
+    const int64_t top = i / out_w % out_h * p.stride_h - p.pad_h;
+    const int64_t c = i / (out_w * out_h) % p.channels, n = i / (out_w * out_h) / p.channels;
+    float wanted = -std::numeric_limits<float>::infinity();
+    for (int64_t h = std::max<int64_t>(0, top); h < std::min(p.height, top + p.kernel_h); ++h)
+      for (int64_t w = std::max<int64_t>(0, left); w < std::min(p.width, left + p.kernel_w); ++w)
+        wanted = std::max(wanted, x[((n * p.height + h) * p.width + w) * p.channels + c]);
+    same = same && y[i] == wanted;
+  }
+  if (same) return;
+  std::fprintf(stderr, "max pool of %d channels, isa %d\n", int(p.channels), isa);
+  std::exit(1);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -161,7 +188,7 @@ int main(int argc, char** argv) {
       continue;
     }
     rng.seed(seed);
-    for (int i = 0; i < layers; ++i) one_layer(isa);
-    std::printf("isa %d: %d layers\n", isa, layers);
+    for (int i = 0; i < layers; ++i) one_layer(isa), one_pool(isa);
+    std::printf("isa %d: %d layers, %d pools\n", isa, layers, layers);
   }
 }

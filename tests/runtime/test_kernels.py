@@ -182,6 +182,35 @@ def test_inputs_read_in_place_and_copied_give_the_same(
     assert_close(in_place, wanted.relu())
 
 
+@pytest.mark.parametrize("channels", [3, 16, 40])
+def test_max_pool(isa: Isa, channels: int) -> None:
+    x = torch.randn(3, channels, 9, 37)
+    x[0, 0, 4, 4], x[1, 1] = torch.nan, -torch.inf
+    last = x.contiguous(memory_format=torch.channels_last)
+    for kernel, stride, padding in (
+        ((3, 3), (2, 2), (1, 1)),
+        ((2, 5), (1, 3), (0, 2)),
+        ((9, 1), (1, 1), (4, 0)),
+    ):
+        found = kernels.max_pool(last, kernel, stride, padding, threads=2)
+        wanted = F.max_pool2d(x, kernel, stride, padding)
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_max_pool_refuses() -> None:
+    x = torch.randn(1, 8, 4, 4)
+    with pytest.raises(ValueError, match="channels_last"):
+        kernels.max_pool(x, (2, 2), (2, 2), (0, 0))
+    last = x.contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="kernel"):
+        kernels.max_pool(last, (2, 2), (2, 2), (2, 0))
+    with pytest.raises(ValueError, match="kernel"):
+        kernels.max_pool(last, (5, 5), (1, 1), (0, 0))
+    with pytest.raises(ValueError, match="float64"):
+        kernels.max_pool(last.double(), (2, 2), (2, 2), (0, 0))
+
+
 @pytest.mark.parametrize("format", get_args(Format))
 def test_nan_and_infinity_go_where_the_weight_is_not_zero(isa: Isa, format: Format) -> None:
     weight = torch.zeros(32, 40)

@@ -33,6 +33,7 @@ __all__ = [
     "check",
     "describe",
     "get_isa",
+    "max_pool",
     "missing",
     "output_shape",
     "pack",
@@ -46,7 +47,7 @@ Format = Literal["rows", "block16", "lanes"]
 Storage = Literal["float32", "bfloat16", "int8"]
 Isa = Literal["portable", "avx2", "avx512"]
 
-_ABI = 1
+_ABI = 2
 _HEADER = 128  # no packed layer has fewer bytes
 _LIBRARY = Path(__file__).with_name("_kernels.so")
 _BUILD = "install a C++ compiler (g++ 12 or newer, or clang) and run `pip install` again"
@@ -58,6 +59,16 @@ class _Layer(ctypes.Structure):
         for name in (
             *("out_channels", "in_channels", "groups", "kernel_h", "kernel_w"),
             *("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w"),
+        )
+    ]
+
+
+class _Pool(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            *("batch", "channels", "height", "width", "kernel_h", "kernel_w"),
+            *("stride_h", "stride_w", "pad_h", "pad_w"),
         )
     ]
 
@@ -110,6 +121,7 @@ def _load() -> ctypes.CDLL | str:
     library.gsm_unpack.argtypes = [pointer, pointer]
     library.gsm_run.argtypes = [pointer, pointer, i64, i64, i64]
     library.gsm_run.argtypes += [pointer, pointer, i32, pointer, i32]
+    library.gsm_max_pool.argtypes = [pointer, pointer, pointer, i32]
     if wanted := os.environ.get("GOSSAMER_ISA"):
         if wanted not in get_args(Isa):
             raise ValueError(f"GOSSAMER_ISA={wanted}: it is one of {', '.join(get_args(Isa))}")
@@ -324,6 +336,54 @@ def run(
     )
     if status:
         raise ValueError(f"{layer} does not run on {tuple(x.shape)}: {_text(status)}")
+    return out
+
+
+def max_pool(
+    x: Tensor,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    *,
+    threads: int | None = None,
+) -> Tensor:
+    """Max pooling from channels last to channels first; pairs are (height, width).
+
+    Args:
+        x: (batch, channels, height, width), float32, in torch.channels_last.
+        kernel: Of the windows.
+        stride: Between them.
+        padding: At most half of the kernel.
+        threads: At most so many; PyTorch's number by default.
+
+    Returns:
+        What `torch.nn.functional.max_pool2d` does, contiguous.
+
+    Raises:
+        ValueError: A shape, dtype or memory format is not one of those.
+        RuntimeError: The kernels are missing.
+    """
+    library = _library()
+    _check_float(x, "x")
+    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and strides {x.stride()}: max_pool needs four "
+            "dimensions in torch.channels_last"
+        )
+    sizes = [(x.shape[2 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(2)]
+    out = torch.empty(*x.shape[:2], *(max(0, size) for size in sizes))
+    pool = _Pool(*x.shape, *kernel, *stride, *padding)
+    status = library.gsm_max_pool(
+        ctypes.byref(pool),
+        x.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads() if threads is None else threads,
+    )
+    if status:
+        raise ValueError(
+            f"kernel {kernel}, stride {stride}, padding {padding} on {tuple(x.shape)}: "
+            f"{_text(status)}"
+        )
     return out
 
 
