@@ -112,13 +112,17 @@ void lay_out_planes(Call& call, int64_t strip_columns) {
   const gsm_layer& l = job.packed->layer;
   if (job.in_place) {
     job.channel_floats = job.height * job.width;
+    call.offsets.reserve(size_t(job.packed->block_channels));
     for (int64_t c = 0; c < job.packed->block_channels; ++c)
       call.offsets.push_back(int32_t(c * job.channel_floats));
     job.offsets = call.offsets.data();
     return;
   }
+  const size_t taps = size_t(l.kernel_h) * l.kernel_w;
   std::vector<int64_t> within;
   std::vector<size_t> plane_of;
+  within.reserve(taps);
+  plane_of.reserve(taps);
   for (int64_t i = 0; i < l.kernel_h; ++i) {
     for (int64_t j = 0; j < l.kernel_w; ++j) {
       const Tap t = tap(l, i, j);
@@ -141,8 +145,9 @@ void lay_out_planes(Call& call, int64_t strip_columns) {
   if (job.channel_floats > 128)
     job.channel_floats = divide_up(job.channel_floats, 128) / 2 * 256 + 128;
   const int64_t channels = job.packed->block_channels;
+  call.offsets.reserve(size_t(channels) * taps);
   for (int64_t c = 0; c < channels; ++c)
-    for (size_t t = 0; t < within.size(); ++t)
+    for (size_t t = 0; t < taps; ++t)
       call.offsets.push_back(
           int32_t(c * job.channel_floats + call.planes[plane_of[t]].start + within[t]));
   job.planes = call.planes.data();

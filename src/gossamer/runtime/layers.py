@@ -251,6 +251,8 @@ class SparseLayer(Layer):
     ) -> None:
         super().__init__(geometry, bias, relu)
         self.register_buffer("packed", packed)
+        g = geometry
+        self._windows = (*g.kernel, *g.stride, *g.padding, *g.dilation)
 
     @classmethod
     def of(
@@ -298,8 +300,7 @@ class SparseLayer(Layer):
             return y
         single = x.dim() == g.maps + 1  # one image, without a batch
         x, add = _as_images(x, g.maps, single), _as_images(add, g.maps, single)
-        sizes = (g.kernel, g.stride, g.padding, g.dilation)
-        y = _convolve(x, self.packed, self.bias, add, self.relu, g.outputs, *sizes)
+        y = _convolve(x, self.packed, self.bias, add, self.relu, g.outputs, self._windows)
         y = y.squeeze(2) if g.maps == 1 else y
         return y.squeeze(0) if single else y
 
@@ -438,7 +439,8 @@ def _csr_of(rows: Tensor, columns: Tensor, values: Tensor, inputs: int) -> Tenso
 
 # ------------------------------------------------------------------ operators
 
-# By the low-level interface: a torch.library.custom_op takes 10 us more per call.
+# By the low-level interface: a torch.library.custom_op takes 10 us more per call, and every list of
+# integers half of one. windows: pairs (height, width) of kernel, stride, padding, dilation.
 _LIBRARY: Any = torch.library.Library("gossamer", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "sparse_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? add, bool relu, int outputs)"
@@ -446,7 +448,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "sparse_convolution(Tensor x, Tensor packed, Tensor? bias, Tensor? add, bool relu, "
-    "int outputs, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation) -> Tensor"
+    "int outputs, int[] windows) -> Tensor"
 )
 _LIBRARY.define(
     "csr_linear(Tensor x, Tensor rows, Tensor columns, Tensor values, Tensor? bias, Tensor? add, "
@@ -483,10 +485,7 @@ def _sparse_convolution(
     add: Tensor | None,
     relu: bool,
     outputs: int,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    windows: list[int],
 ) -> Tensor:
     add = None if add is None else add.contiguous()
     return kernels.run(packed, x.contiguous(), bias, add=add, relu=relu)
@@ -500,14 +499,12 @@ def _sparse_convolution_shape(
     add: Tensor | None,
     relu: bool,
     outputs: int,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    windows: list[int],
 ) -> Tensor:
+    pairs = (windows[i::2] for i in range(2))
     sizes = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
-        for i in range(2)
+        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for size, (kernel, stride, padding, dilation) in zip(x.shape[2:], pairs, strict=True)
     ]
     return x.new_empty((x.shape[0], outputs, *sizes))
 
