@@ -50,7 +50,7 @@ from gossamer.runtime.layers import (
 __all__ = ["Choice", "Compiled", "choose", "compile_sparse"]
 
 DENSE = ("eager", "onednn")
-_HOPELESS = 0.7  # above this density no sparse format is tried: it would read more than dense
+_HOPELESS = 0.7  # above this density zeros are not used: a sparse format would read more than dense
 _GAIN = 0.97  # of the dense time that a sparse format must stay below: less is noise
 _FEW_ROWS = 64  # up to which the "lanes" format is tried
 _ROUNDS = 7
@@ -235,8 +235,9 @@ def choose(
         wanted = _outputs(before, example)
         layers = {name: m for name, m in fused.named_modules() if isinstance(m, DenseLayer)}
         inputs = _inputs(fused, layers, example)
+        formats = _formats_to_try(layers, inputs) if not note else {}
         tried = {
-            name: _tried(layer, inputs.get(name), storage, not note, rounds)
+            name: _tried(layer, inputs.get(name), formats.get(name, []), storage, not note, rounds)
             for name, layer in layers.items()
         }
         plans: dict[_Plan, dict[str, str]] = {}
@@ -391,6 +392,10 @@ class _Tried:
         gain = row.dense / row.sparse
         if path not in DENSE:
             reason = f"{gain:.2f}x as fast as dense"
+            if self.why_not:
+                reason += " in PyTorch, in the layout of the layers around it"
+        elif self.why_not:
+            return row
         elif gain * _GAIN < 1:
             reason = f"below break-even: sparse would be {gain:.2f}x as fast"
         elif whole:
@@ -403,27 +408,27 @@ class _Tried:
 def _tried(
     layer: DenseLayer,
     inputs: tuple[Tensor, ...] | None,
+    formats: Sequence[kernels.Format],
     storage: kernels.Storage,
     has_kernels: bool,
     rounds: int,
 ) -> _Tried:
-    weight = layer.weight
-    density = float(weight.count_nonzero()) / max(1, weight.numel())
+    weight, density = layer.weight, _density(layer)
     if inputs is None:
         why = "not called on the example"
         return _Tried({"eager": layer}, {}, {}, density, (), why)
-    rows = inputs[0].numel() // inputs[0].shape[-1] if layer.geometry.maps == 0 else 0
     ways: dict[str, Layer] = {"eager": layer}
     if has_onednn():
         ways["onednn"] = PackedLayer(layer.geometry, weight, layer.bias, layer.relu)
     why = ""
-    depthwise = layer.geometry.maps and layer.geometry.groups == layer.geometry.inputs
-    if density > _HOPELESS and not depthwise:  # whose weights are few anyway: no change of layout
+    hopeless = _is_hopeless(layer)
+    if hopeless:
         why = f"density {density:.2f}: too few zeros to use"
-    elif has_kernels:
-        for format in _formats(layer.geometry, weight, rows):
-            sparse = SparseLayer.of(layer, format, storage)
-            ways[sparse.path] = sparse
+    for format in formats:
+        sparse = SparseLayer.of(layer, format, "float32" if hopeless else storage)
+        ways[sparse.path] = sparse
+    if hopeless or has_kernels:
+        pass
     elif layer.geometry.maps == 0 and inputs[0].dim() > 1:
         ways["csr"] = CsrLayer.of(layer)
     else:
@@ -451,10 +456,35 @@ def _batched(inputs: Iterable[Tensor]) -> list[Tensor]:
     return [x if x.dim() == 4 else x.unsqueeze(0) for x in inputs]
 
 
-def _formats(geometry: Geometry, weight: Tensor, rows: int) -> list[kernels.Format]:
-    """The formats worth trying; rows: of a linear layer's input, 0 for a convolution."""
+def _density(layer: DenseLayer) -> float:
+    return float(layer.weight.count_nonzero()) / max(1, layer.weight.numel())
+
+
+def _is_hopeless(layer: DenseLayer) -> bool:
+    g = layer.geometry
+    depthwise = g.maps and g.groups == g.inputs  # few weights anyway: but no change of layout
+    return not depthwise and _density(layer) > _HOPELESS
+
+
+def _formats_to_try(
+    layers: Mapping[str, DenseLayer], inputs: Mapping[str, tuple[Tensor, ...]]
+) -> dict[str, list[kernels.Format]]:
+    """By layer. Dense convolutions between sparse ones are tried as blocks without gaps."""
+    hopeless = {name for name, layer in layers.items() if _is_hopeless(layer)}
+    found: dict[str, list[kernels.Format]] = {}
+    for name, (x, *_) in inputs.items():
+        layer = layers[name]
+        if name not in hopeless:
+            found[name] = _formats(layer.geometry, layer.weight, x)
+        elif layer.geometry.maps and len(hopeless) < len(layers):
+            found[name] = ["block16"]
+    return found
+
+
+def _formats(geometry: Geometry, weight: Tensor, x: Tensor) -> list[kernels.Format]:
+    """The formats worth trying on an input."""
     found: list[kernels.Format] = ["rows"]
-    if geometry.maps == 0 and rows <= _FEW_ROWS:
+    if geometry.maps == 0 and x.numel() // x.shape[-1] <= _FEW_ROWS:
         found.append("lanes")
     # In blocks of 16 outputs as many weights are multiplied as there are blocks with any non-zero.
     flat = weight.reshape(geometry.groups, geometry.outputs // geometry.groups, -1) != 0
