@@ -96,15 +96,16 @@ GSM_API int32_t gsm_run(const void* packed, const float* x, int64_t batch, int64
                         int64_t width, const float* bias, const float* add, int32_t relu, float* y,
                         int32_t threads);
 
-/* Maxima of windows, NaN where there is one. Between a dense layer and sparse ones: x has its
- * channels last, (batch, height, width, channels), and y has them first. No window may lie wholly in
- * the padding. */
+/* Maxima of windows, NaN where there is one. y is (batch, channels, out_h, out_w), and so is x, or it
+ * has its channels last, as a dense layer before sparse ones may give them. No window may lie wholly
+ * in the padding. */
 typedef struct {
   int64_t batch, channels, height, width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
 } gsm_pool;
 
-GSM_API int32_t gsm_max_pool(const gsm_pool* pool, const float* x, float* y, int32_t threads);
+GSM_API int32_t gsm_max_pool(const gsm_pool* pool, int32_t channels_last, const float* x, float* y,
+                             int32_t threads);
 
 #ifdef __cplusplus
 }

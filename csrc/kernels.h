@@ -735,6 +735,9 @@ void few_any(const Job& job, int64_t panel) {
 
 // ---- Max pooling ------------------------------------------------------------------------------
 
+inline Vec maximum(Vec best, Vec v) { return (v > best) | (v != v) ? v : best; }
+inline float maximum(float best, float v) { return v > best || v != v ? v : best; }
+
 // Of kWidth channels: the maxima over a window, whose inputs inside the image these are.
 Vec window_max(const float* x, int64_t lines, int64_t columns, int64_t pitch, int64_t step,
                int64_t channels) {
@@ -742,13 +745,12 @@ Vec window_max(const float* x, int64_t lines, int64_t columns, int64_t pitch, in
   for (int64_t i = 0; i < lines; ++i)
     for (int64_t j = 0; j < columns; ++j) {
       const float* at = x + i * pitch + j * step;
-      const Vec v = channels == kWidth ? load(at) : load_some(at, channels);
-      best = (v > best) | (v != v) ? v : best;
+      best = maximum(best, channels == kWidth ? load(at) : load_some(at, channels));
     }
   return best;
 }
 
-void max_pool(const PoolJob& job, int64_t line) {
+void max_pool_last(const PoolJob& job, int64_t line) {
   const gsm_pool& p = job.pool;
   const int64_t image = line / job.out_height, row = line % job.out_height;
   const int64_t top = row * p.stride_h - p.pad_h, first_line = most(0, top);
@@ -774,7 +776,44 @@ void max_pool(const PoolJob& job, int64_t line) {
   }
 }
 
-constexpr Kernels kKernels = {kWidth, kTileRows, kTileBlock16, strip, few_any, max_pool};
+void max_pool_first(const PoolJob& job, int64_t line) {
+  const gsm_pool& p = job.pool;
+  const int64_t top = line % job.out_height * p.stride_h - p.pad_h, first_line = most(0, top);
+  const int64_t lines = least(p.height, top + p.kernel_h) - first_line;
+  const float* x = job.x + (line / job.out_height * p.height + first_line) * p.width;
+  const float* x_end = job.x + p.batch * p.channels * p.height * p.width;
+  float* y = job.y + line * job.out_width;
+  const int64_t inside = (p.pad_w + p.stride_w - 1) / p.stride_w;  // the first without padding
+  const int64_t end = most(inside, (p.width + p.pad_w - p.kernel_w) / p.stride_w + 1);
+  auto one = [&](int64_t column) {
+    const int64_t left = column * p.stride_w - p.pad_w, first = most(0, left);
+    float best = -__builtin_inff();
+    for (int64_t i = 0; i < lines; ++i)
+      for (int64_t j = first; j < least(p.width, left + p.kernel_w); ++j)
+        best = maximum(best, x[i * p.width + j]);
+    y[column] = best;
+  };
+  int64_t column = 0;
+  for (; column < least(inside, job.out_width); ++column) one(column);
+  while (p.stride_w <= 2 && column < end && end - inside >= kWidth) {
+    column = least(column, end - kWidth);  // the rest, with some once more
+    const float* at = x + column * p.stride_w - p.pad_w;
+    const float* last = at + (lines - 1) * p.width + p.kernel_w - 1;
+    if (last + p.stride_w * kWidth > x_end) break;
+    Vec best = splat(-__builtin_inff());
+    for (int64_t i = 0; i < lines; ++i)
+      for (int64_t j = 0; j < p.kernel_w; ++j) {
+        const float* from = at + i * p.width + j;
+        best = maximum(best, p.stride_w == 1 ? load(from) : evens(load(from), load(from + kWidth)));
+      }
+    store(y + column, best);
+    column += kWidth;
+  }
+  for (; column < job.out_width; ++column) one(column);
+}
+
+constexpr Kernels kKernels = {kWidth,  kTileRows,     kTileBlock16,  strip,
+                              few_any, max_pool_last, max_pool_first};
 
 }  // namespace
 }  // namespace gsm

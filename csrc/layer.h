@@ -91,7 +91,9 @@ struct Kernels {
   int max_tile_rows, max_tile_block16;  // vectors of columns that one pass keeps in registers
   void (*strip)(const Job& job, int64_t strip, int64_t chunk, float* scratch);
   void (*few)(const Job& job, int64_t panel);  // linear layers of small batch: no transposition
-  void (*max_pool)(const PoolJob& job, int64_t line);  // of all images' output lines
+  // One output line: of all channels of an image; and of one channel.
+  void (*max_pool_last)(const PoolJob& job, int64_t line);
+  void (*max_pool_first)(const PoolJob& job, int64_t line);
 };
 
 extern const Kernels kernels_portable;

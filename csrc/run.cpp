@@ -5,7 +5,6 @@
 #include <limits>
 #include <memory>
 #include <new>
-#include <utility>
 #include <vector>
 
 #include "layer.h"
@@ -211,9 +210,14 @@ void run_few(void* context, int64_t i) {
   for (int64_t p = i * kFewPanels; p < end; ++p) run.kernels->few(*run.job, p);
 }
 
+struct PoolRun {
+  PoolJob job;
+  void (*line)(const PoolJob&, int64_t);
+};
+
 void run_pool(void* context, int64_t i) {
-  const auto& [job, kernels] = *static_cast<std::pair<const PoolJob*, const Kernels*>*>(context);
-  kernels->max_pool(*job, i);
+  const PoolRun& run = *static_cast<PoolRun*>(context);
+  run.line(run.job, i);
 }
 
 // Up to which batch a linear layer is cheaper without columns in vectors.
@@ -296,7 +300,8 @@ int32_t gsm_run(const void* packed, const float* x, int64_t batch, int64_t heigh
   }
 }
 
-int32_t gsm_max_pool(const gsm_pool* pool, const float* x, float* y, int32_t threads) {
+int32_t gsm_max_pool(const gsm_pool* pool, int32_t channels_last, const float* x, float* y,
+                     int32_t threads) {
   constexpr int64_t limit = int64_t(1) << 31;
   if (!pool || threads < 1) return GSM_BAD_ARGUMENT;
   const gsm_pool& p = *pool;
@@ -307,8 +312,9 @@ int32_t gsm_max_pool(const gsm_pool* pool, const float* x, float* y, int32_t thr
   const int64_t room_h = p.height + 2 * p.pad_h - p.kernel_h;
   const int64_t room_w = p.width + 2 * p.pad_w - p.kernel_w;
   if (room_h < 0 || room_w < 0 || (p.batch && (!x || !y))) return GSM_BAD_ARGUMENT;
-  const PoolJob job = {p, room_h / p.stride_h + 1, room_w / p.stride_w + 1, x, y};
-  std::pair<const PoolJob*, const Kernels*> context = {&job, &kernels()};
-  parallel(threads, p.batch * job.out_height, run_pool, &context);
+  PoolRun run = {{p, room_h / p.stride_h + 1, room_w / p.stride_w + 1, x, y},
+                 channels_last ? kernels().max_pool_last : kernels().max_pool_first};
+  const int64_t planes = channels_last ? p.batch : p.batch * p.channels;
+  parallel(threads, planes * run.job.out_height, run_pool, &run);
   return GSM_OK;
 }

@@ -121,7 +121,7 @@ def _load() -> ctypes.CDLL | str:
     library.gsm_unpack.argtypes = [pointer, pointer]
     library.gsm_run.argtypes = [pointer, pointer, i64, i64, i64]
     library.gsm_run.argtypes += [pointer, pointer, i32, pointer, i32]
-    library.gsm_max_pool.argtypes = [pointer, pointer, pointer, i32]
+    library.gsm_max_pool.argtypes = [pointer, i32, pointer, pointer, i32]
     if wanted := os.environ.get("GOSSAMER_ISA"):
         if wanted not in get_args(Isa):
             raise ValueError(f"GOSSAMER_ISA={wanted}: it is one of {', '.join(get_args(Isa))}")
@@ -348,10 +348,10 @@ def max_pool(
     *,
     threads: int | None = None,
 ) -> Tensor:
-    """Max pooling from channels last to channels first; pairs are (height, width).
+    """Max pooling; pairs are (height, width).
 
     Args:
-        x: (batch, channels, height, width), float32, in torch.channels_last.
+        x: (batch, channels, height, width), float32, contiguous or in torch.channels_last.
         kernel: Of the windows.
         stride: Between them.
         padding: At most half of the kernel.
@@ -366,16 +366,18 @@ def max_pool(
     """
     library = _library()
     _check_float(x, "x")
-    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+    last = x.dim() == 4 and not x.is_contiguous()
+    if x.dim() != 4 or (last and not x.is_contiguous(memory_format=torch.channels_last)):
         raise ValueError(
             f"x has shape {tuple(x.shape)} and strides {x.stride()}: max_pool needs four "
-            "dimensions in torch.channels_last"
+            "dimensions, contiguous or in torch.channels_last"
         )
     sizes = [(x.shape[2 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(2)]
     out = torch.empty(*x.shape[:2], *(max(0, size) for size in sizes))
     pool = _Pool(*x.shape, *kernel, *stride, *padding)
     status = library.gsm_max_pool(
         ctypes.byref(pool),
+        int(last),
         x.data_ptr(),
         out.data_ptr(),
         torch.get_num_threads() if threads is None else threads,
