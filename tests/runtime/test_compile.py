@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -447,3 +448,41 @@ def test_torch_compile(name: str) -> None:
     compiled = quick(model, images())
     traced = torch.compile(compiled.model, fullgraph=True)
     assert_same(model, traced, images())  # type: ignore[arg-type]
+
+
+def pointwise(weight: Tensor, bias: Tensor) -> SparseLayer:
+    geometry = Geometry(maps=2, outputs=4, inputs=3)
+    return SparseLayer.of(DenseLayer(geometry, weight, bias, relu=True), "rows")
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+def test_who_watches_sees_the_operators() -> None:
+    layer, x = pointwise(torch.randn(4, 3, 1, 1), torch.randn(4)), images()
+    with torch.profiler.profile() as seen:
+        y = layer(x)
+    assert "gossamer::sparse_convolution" in {event.key for event in seen.key_averages()}
+    traced = torch.jit.trace(layer, 0 * x, check_trace=False)
+    assert torch.equal(traced(x), y)
+
+
+@needs_kernels
+def test_a_prepared_call_follows_the_layer() -> None:
+    """Other shapes, other weights in the place of its own, copies, and what cannot be prepared."""
+    weight, bias = torch.randn(4, 3, 1, 1), torch.randn(4)
+    layer = pointwise(weight, bias)
+
+    def wanted(x: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias).relu()
+
+    for x in (images(2), images(2), images(3), images(2).transpose(2, 3), images(1)[0]):
+        torch.testing.assert_close(layer(x), wanted(x))
+    x, add = images(1), torch.randn(1, 4, 8, 8)
+    torch.testing.assert_close(layer(x, add), (F.conv2d(x, weight, bias) + add).relu())
+    twin = pickle.loads(pickle.dumps(layer))
+    layer.load_state_dict(pointwise(2 * weight, 2 * bias).state_dict(), assign=True)
+    torch.testing.assert_close(layer(x), 2 * wanted(x))
+    torch.testing.assert_close(twin(x), wanted(x))
+    for bad in (x[:, :2], x.double()):
+        with pytest.raises(ValueError, match=r"wanted|needs|float32|channels"):
+            layer(bad)

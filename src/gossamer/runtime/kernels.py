@@ -28,6 +28,7 @@ __all__ = [
     "Format",
     "Isa",
     "Layer",
+    "Prepared",
     "Storage",
     "available_isas",
     "check",
@@ -338,6 +339,62 @@ def run(
     if status:
         raise ValueError(f"{layer} does not run on {tuple(x.shape)}: {_text(status)}")
     return out
+
+
+class Prepared:
+    """A `run` on inputs of one shape, its checks done once: half of the time of a call.
+
+    Attributes:
+        packed, bias, shape: What it was made for.
+    """
+
+    def __init__(
+        self, packed: Tensor, shape: torch.Size, bias: Tensor | None, *, relu: bool = False
+    ) -> None:
+        layer, self._out_shape = _plan(_header(packed), shape)
+        if bias is not None:
+            _check_run(bias, (layer.out_channels,), "bias")
+        self.packed, self.bias, self.shape = packed, bias, shape
+        self._run = _library().gsm_run
+        self._packed = packed.data_ptr()
+        self._bias = bias.data_ptr() if bias is not None else None
+        self._sizes = (shape[0], *(shape[2:] or (1, 1)))
+        self._relu = int(relu)
+
+    def takes(self, x: Tensor, add: Tensor | None) -> bool:
+        """Whether these can be computed on."""
+        return (
+            x.shape == self.shape
+            and x.dtype is torch.float32
+            and x.is_cpu
+            and x.is_contiguous()
+            and (
+                add is None
+                or (
+                    add.shape == self._out_shape
+                    and add.dtype is torch.float32
+                    and add.is_cpu
+                    and add.is_contiguous()
+                )
+            )
+        )
+
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """What `run` returns; the caller has asked `takes`."""
+        out = torch.empty(self._out_shape)
+        status = self._run(
+            self._packed,
+            x.data_ptr(),
+            *self._sizes,
+            self._bias,
+            None if add is None else add.data_ptr(),
+            self._relu,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if status:
+            raise ValueError(f"{tuple(self.shape)}: {_text(status)}")
+        return out
 
 
 def max_pool(
