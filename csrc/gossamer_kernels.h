@@ -96,6 +96,18 @@ GSM_API int32_t gsm_run(const void* packed, const float* x, int64_t batch, int64
                         int64_t width, const float* bias, const float* add, int32_t relu, float* y,
                         int32_t threads);
 
+/* Several calls of gsm_run, one after the other. Inputs and outputs are bases[...] + a number of
+ * floats; an add_base of -1: none. */
+typedef struct {
+  const void* packed;
+  const float* bias;
+  int64_t batch, height, width, x, add, y;
+  int32_t x_base, add_base, y_base, relu;
+} gsm_step;
+
+GSM_API int32_t gsm_run_steps(const gsm_step* steps, int64_t count, float* const* bases,
+                              int32_t threads);
+
 /* Maxima of windows, NaN where there is one. y is (batch, channels, out_h, out_w), and so is x, or it
  * has its channels last, as a dense layer before sparse ones may give them. No window may lie wholly
  * in the padding. */

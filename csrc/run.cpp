@@ -300,6 +300,17 @@ int32_t gsm_run(const void* packed, const float* x, int64_t batch, int64_t heigh
   }
 }
 
+int32_t gsm_run_steps(const gsm_step* steps, int64_t count, float* const* bases, int32_t threads) {
+  for (const gsm_step* s = steps; s != steps + count; ++s) {
+    const float* add = s->add_base < 0 ? nullptr : bases[s->add_base] + s->add;
+    const int32_t status =
+        gsm_run(s->packed, bases[s->x_base] + s->x, s->batch, s->height, s->width, s->bias, add,
+                s->relu, bases[s->y_base] + s->y, threads);
+    if (status) return status;
+  }
+  return GSM_OK;
+}
+
 int32_t gsm_max_pool(const gsm_pool* pool, int32_t channels_last, const float* x, float* y,
                      int32_t threads) {
   constexpr int64_t limit = int64_t(1) << 31;

@@ -37,6 +37,7 @@ from gossamer.example import (
 )
 from gossamer.runtime import kernels
 from gossamer.runtime.fuse import TOLERANCE, Recipe, difference, fuse
+from gossamer.runtime.join import join
 from gossamer.runtime.layers import (
     CsrLayer,
     DenseLayer,
@@ -500,7 +501,7 @@ def _assembled(fused: nn.Module, tried: Mapping[str, _Tried], plan: Mapping[str,
     model = copy.deepcopy(fused, {**{id(t): t for t in _tensors(fused)}, **shared})
     for name, path in plan.items():
         model.set_submodule(name, tried[name].ways[path])
-    return model
+    return join(model)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

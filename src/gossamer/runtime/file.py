@@ -28,6 +28,7 @@ from gossamer.reading import reading, reason
 from gossamer.runtime import kernels
 from gossamer.runtime.compile import Choice, Compiled, choose
 from gossamer.runtime.fuse import Fusion, Recipe, fuse_like
+from gossamer.runtime.join import join
 from gossamer.runtime.layers import (
     CsrLayer,
     DenseLayer,
@@ -119,7 +120,7 @@ def load(
             "with the arguments it was compiled with, or compile it again"
         ) from error
     if example is None:
-        return Compiled(model=fused, recipe=recipe, **compiled)
+        return Compiled(model=join(fused), recipe=recipe, **compiled)
     before = _dense_again(fused, layers)
     return choose(before, recipe, example, before=fused)
 

@@ -13,6 +13,7 @@ there. Nothing here is differentiable.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ __all__ = [
     "Isa",
     "Layer",
     "Prepared",
+    "Step",
     "Storage",
     "available_isas",
     "check",
@@ -61,6 +63,14 @@ class _Layer(ctypes.Structure):
             *("out_channels", "in_channels", "groups", "kernel_h", "kernel_w"),
             *("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w"),
         )
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("packed", "bias")),
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "x", "add", "y")),
+        *((name, ctypes.c_int32) for name in ("x_base", "add_base", "y_base", "relu")),
     ]
 
 
@@ -122,6 +132,7 @@ def _load() -> ctypes.CDLL | str:
     library.gsm_unpack.argtypes = [pointer, pointer]
     library.gsm_run.argtypes = [pointer, pointer, i64, i64, i64]
     library.gsm_run.argtypes += [pointer, pointer, i32, pointer, i32]
+    library.gsm_run_steps.argtypes = [pointer, i64, pointer, i32]
     library.gsm_max_pool.argtypes = [pointer, i32, pointer, pointer, i32]
     if wanted := os.environ.get("GOSSAMER_ISA"):
         if wanted not in get_args(Isa):
@@ -341,60 +352,109 @@ def run(
     return out
 
 
-class Prepared:
-    """A `run` on inputs of one shape, its checks done once: half of the time of a call.
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One `run` among several. Values are numbered: the inputs first, then each step's output.
 
     Attributes:
-        packed, bias, shape: What it was made for.
+        packed, bias, relu: As `run` takes them.
+        x, add: Numbers of values.
+    """
+
+    packed: Tensor
+    bias: Tensor | None
+    x: int
+    add: int | None = None
+    relu: bool = False
+
+
+class Prepared:
+    """Several `run`s as one call, on inputs of given shapes; their checks are done here.
+
+    Between two layers Python takes longer than a small layer: what it works with has left the
+    caches. Values that are not asked for share memory, as far as they are not needed at once.
+
+    Attributes:
+        steps, shapes: What it was made for; it keeps the steps' tensors alive.
     """
 
     def __init__(
-        self, packed: Tensor, shape: torch.Size, bias: Tensor | None, *, relu: bool = False
+        self, steps: Sequence[Step], shapes: Sequence[torch.Size], outputs: Sequence[int]
     ) -> None:
-        layer, self._out_shape = _plan(_header(packed), shape)
-        if bias is not None:
-            _check_run(bias, (layer.out_channels,), "bias")
-        self.packed, self.bias, self.shape = packed, bias, shape
-        self._run = _library().gsm_run
-        self._packed = packed.data_ptr()
-        self._bias = bias.data_ptr() if bias is not None else None
-        self._sizes = (shape[0], *(shape[2:] or (1, 1)))
-        self._relu = int(relu)
-
-    def takes(self, x: Tensor, add: Tensor | None) -> bool:
-        """Whether these can be computed on."""
-        return (
-            x.shape == self.shape
-            and x.dtype is torch.float32
-            and x.is_cpu
-            and x.is_contiguous()
-            and (
-                add is None
-                or (
-                    add.shape == self._out_shape
-                    and add.dtype is torch.float32
-                    and add.is_cpu
-                    and add.is_contiguous()
-                )
+        self.steps, self.shapes = tuple(steps), tuple(shapes)
+        self._run = _library().gsm_run_steps
+        values: list[tuple[int, ...]] = [tuple(shape) for shape in shapes]
+        for step in steps:
+            layer, shape = _plan(_header(step.packed), torch.Size(values[step.x]))
+            if step.bias is not None:
+                _check_run(step.bias, (layer.out_channels,), "bias")
+            if step.add is not None and values[step.add] != shape:
+                raise ValueError(f"a sum of {values[step.add]} and {shape}")
+            values.append(shape)
+        self._out_shapes = [values[number] for number in outputs]
+        given = len(shapes)
+        # The bases: inputs, outputs, and the memory for all other values.
+        places = {number: (number, 0) for number in range(given)}
+        places |= {number: (given + i, 0) for i, number in enumerate(outputs)}
+        offsets, self._floats = _arena(steps, values, set(places))
+        places |= {number: (given + len(outputs), offset) for number, offset in offsets.items()}
+        self._steps = (_Step * len(steps))()
+        for i, step in enumerate(steps):
+            shape = values[step.x]
+            x, y = places[step.x], places[given + i]
+            add = (-1, 0) if step.add is None else places[step.add]
+            bias = None if step.bias is None else step.bias.data_ptr()
+            sizes = (shape[0], *(shape[2:] or (1, 1)))
+            offset = (x[1], add[1], y[1])
+            bases = (x[0], add[0], y[0])
+            self._steps[i] = _Step(
+                step.packed.data_ptr(), bias, *sizes, *offset, *bases, int(step.relu)
             )
-        )
+        self._bases = ctypes.c_void_p * (given + len(outputs) + 1)
 
-    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """What `run` returns; the caller has asked `takes`."""
-        out = torch.empty(self._out_shape)
-        status = self._run(
-            self._packed,
-            x.data_ptr(),
-            *self._sizes,
-            self._bias,
-            None if add is None else add.data_ptr(),
-            self._relu,
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
+    def takes(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether these can be computed on."""
+        for x, shape in zip(inputs, self.shapes, strict=True):
+            if x.shape != shape or x.dtype is not torch.float32:
+                return False
+            if not x.is_cpu or not x.is_contiguous():
+                return False
+        return True
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs; the caller has asked `takes`."""
+        outputs = [torch.empty(shape) for shape in self._out_shapes]
+        memory = torch.empty(self._floats)
+        bases = self._bases(*(tensor.data_ptr() for tensor in (*inputs, *outputs, memory)))
+        status = self._run(self._steps, len(self.steps), bases, torch.get_num_threads())
         if status:
-            raise ValueError(f"{tuple(self.shape)}: {_text(status)}")
-        return out
+            raise ValueError(f"inputs of {self.shapes}: {_text(status)}")
+        return outputs
+
+
+def _arena(
+    steps: Sequence[Step], values: Sequence[tuple[int, ...]], placed: set[int]
+) -> tuple[dict[int, int], int]:
+    """Where in one piece of memory each value lies that is not placed yet, and its floats."""
+    given = len(values) - len(steps)
+    last = {number: i for i, step in enumerate(steps) for number in (step.x, step.add)}
+    offsets: dict[int, int] = {}
+    taken: list[tuple[int, int, int]] = []  # from, to, value
+    floats = 0
+    for i in range(len(steps)):
+        taken = [piece for piece in taken if last.get(piece[2], -1) >= i]
+        if given + i in placed:
+            continue
+        size = -(-math.prod(values[given + i]) // 16) * 16
+        start = 0
+        for begin, end, _ in sorted(taken):
+            if begin - start >= size:
+                break
+            start = max(start, end)
+        offsets[given + i] = start
+        taken.append((start, start + size, given + i))
+        floats = max(floats, start + size)
+    return offsets, floats
 
 
 def max_pool(

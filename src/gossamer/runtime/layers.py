@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
     "PackedLayer",
     "SparseLayer",
     "has_onednn",
+    "is_watched",
 ]
 
 
@@ -299,10 +301,11 @@ class SparseLayer(Layer):
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """See `Layer`."""
         _refuse_gradient(x, add)
-        if type(x) is Tensor and not _is_watched():
-            prepared = self._prepare(x)
-            if prepared is not None and prepared.takes(x, add):
-                return prepared(x, add)
+        if not is_watched(x):
+            inputs = (x,) if add is None else (x, add)
+            prepared = self._prepare(inputs)
+            if prepared is not None and prepared.takes(inputs):
+                return prepared(inputs)[0]
         g = self.geometry
         if g.maps == 0:
             y: Tensor = _linear(x, self.packed, self.bias, add, self.relu, g.outputs)
@@ -313,22 +316,36 @@ class SparseLayer(Layer):
         y = y.squeeze(2) if g.maps == 1 else y
         return y.squeeze(0) if single else y
 
-    def _prepare(self, x: Tensor) -> kernels.Prepared | None:
-        """A call for inputs of this shape, where they need no other shape themselves."""
-        found, own = self._prepared, self._buffers
-        same = found is not None and found.packed is own["packed"] and found.bias is own["bias"]
-        if found is not None and same and found.shape == x.shape:
+    def step(self, x: int, add: int | None = None) -> kernels.Step:
+        """This layer among several."""
+        own = self._buffers
+        packed, bias = own["packed"], own["bias"]
+        assert packed is not None
+        return kernels.Step(packed=packed, bias=bias, x=x, add=add, relu=self.relu)
+
+    def holds(self, step: kernels.Step) -> bool:
+        """Whether the step's tensors are still those of this layer."""
+        own = self._buffers
+        return step.packed is own["packed"] and step.bias is own["bias"]
+
+    def _prepare(self, inputs: Sequence[Tensor]) -> kernels.Prepared | None:
+        """A call for inputs of these shapes, where they need no other shape themselves."""
+        found = self._prepared
+        shapes = tuple(tensor.shape for tensor in inputs)
+        if found is not None and found.shapes == shapes and self.holds(found.steps[0]):
             return found
-        if x.dim() != (2 if self.geometry.maps == 0 else 4) or self.geometry.maps == 1:
+        if self.geometry.maps == 1 or len(shapes[0]) != (2 if self.geometry.maps == 0 else 4):
             return None
-        self._prepared = kernels.Prepared(self.packed, x.shape, self.bias, relu=self.relu)
+        step = self.step(*range(len(inputs)))
+        self._prepared = kernels.Prepared([step], shapes, [len(inputs)])
         return self._prepared
 
 
-def _is_watched() -> bool:
+def is_watched(*tensors: Tensor) -> bool:
     """Whether somebody follows PyTorch's operators; without, a call may go by them."""
     return (
         torch.compiler.is_compiling()
+        or any(type(tensor) is not Tensor for tensor in tensors)
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or is_in_torch_dispatch_mode()
         or torch.autograd.profiler._is_profiler_enabled
