@@ -78,6 +78,8 @@ def test_a_fresh_model_of_the_class_is_the_same_again(name: str, tmp_path: Path)
     found = load(tmp_path / "a.safetensors", fresh)
     assert torch.equal(found.model(x), compiled.model(x))
     assert torch.equal(found.model(x[:1]), compiled.model(x[:1]))
+    with pytest.raises(ValueError, match=r"compiled model: load it with gossamer\.runtime\.load"):
+        gossamer.load(tmp_path / "a.safetensors", fresh)
     assert found.choices == compiled.choices
     assert found.recipe == compiled.recipe
     assert found.table() == compiled.table()

@@ -38,12 +38,11 @@ from gossamer.runtime.layers import (
     SparseLayer,
     has_onednn,
 )
-from gossamer.shrink.file import write_whole
+from gossamer.shrink.file import COMPILED_KEY, write_whole
 from gossamer.shrink.plan import Plan
 
 __all__ = ["load", "save"]
 
-_KEY = "gossamer_runtime"
 _VERSION = 1
 _AGAIN = "write it again with gossamer.runtime.save"
 _DENSE = {"eager": DenseLayer, "onednn": PackedLayer}
@@ -79,7 +78,7 @@ def save(path: str | os.PathLike[str], compiled: Compiled, plan: Plan | None = N
         name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, t in compiled.model.state_dict().items()
     }
-    data = safetensors.torch.save(tensors, {"format": "pt", _KEY: json.dumps(header)})
+    data = safetensors.torch.save(tensors, {"format": "pt", COMPILED_KEY: json.dumps(header)})
     write_whole(path, lambda temporary: temporary.write_bytes(data))
 
 
@@ -135,13 +134,13 @@ def _header(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(
             f"{path} is not a whole safetensors file ({reason(error)}): save or copy it again"
         ) from error
-    if _KEY not in metadata:
+    if COMPILED_KEY not in metadata:
         raise ValueError(
             f"{path} is no compiled model: files of gossamer.save are loaded with gossamer.load, "
             "and compiled with gossamer.compile_sparse"
         )
     with reading(f"the header of {path}", _AGAIN):
-        header = json.loads(metadata[_KEY])
+        header = json.loads(metadata[COMPILED_KEY])
         if header["version"] != _VERSION:
             raise ValueError(f"it is of version {header['version']}, this Gossamer's {_VERSION}")
         if header["byteorder"] != sys.byteorder:

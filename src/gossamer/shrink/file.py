@@ -19,6 +19,7 @@ from gossamer.shrink.plan import Plan
 __all__ = ["load", "read_plan", "save", "write_whole"]
 
 _PLAN_KEY = "gossamer_plan"
+COMPILED_KEY = "gossamer_runtime"  # in the header of files of gossamer.runtime.save
 
 
 def save(
@@ -100,6 +101,10 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         raise ValueError(
             f"{path} is not a whole safetensors file ({reason(error)}): save or copy it again"
         ) from error
+    if COMPILED_KEY in metadata:
+        raise ValueError(
+            f"{path} is a compiled model: load it with gossamer.runtime.load(path, model)"
+        )
     if _PLAN_KEY not in metadata:
         raise ValueError(
             f"{path} has no plan in its header: it was not written by Gossamer. Load it with "
