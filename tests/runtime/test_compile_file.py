@@ -17,7 +17,7 @@ import gossamer
 from gossamer.runtime import compile as compiling
 from gossamer.runtime import compile_sparse, kernels, load, save
 from gossamer.runtime.compile import Compiled
-from gossamer.runtime.file import _KEY
+from gossamer.shrink.file import COMPILED_KEY
 from nets import NETS, images, net
 
 if kernels.missing():
@@ -167,7 +167,7 @@ def test_without_kernels_csr_files_load_and_packed_ones_say_why(
 
 def _parts(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safetensors.safe_open(path, "pt") as file:
-        return safetensors.torch.load_file(path), json.loads(file.metadata()[_KEY])
+        return safetensors.torch.load_file(path), json.loads(file.metadata()[COMPILED_KEY])
 
 
 def _changed(
@@ -186,7 +186,7 @@ def _changed(
     if drop:
         del tensors[drop]
     other = path.with_name("changed.safetensors")
-    safetensors.torch.save_file(tensors, other, {_KEY: json.dumps(told | header)})
+    safetensors.torch.save_file(tensors, other, {COMPILED_KEY: json.dumps(told | header)})
     return other
 
 
