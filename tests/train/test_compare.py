@@ -24,11 +24,17 @@ import yaml
 
 import gossamer
 from gossamer.measure.latency import Conditions
+from gossamer.shrink.file import read_plan
 from gossamer.train import cli
 from gossamer.train.compare import compare, failures, means, processes, read, timing
+from gossamer.train.compare.plot import draw
 from gossamer.train.compare.results import figures_of, groups, rows
+from gossamer.train.compare.rivals import launched
 from gossamer.train.compare.timing import time_cells
+from gossamer.train.config import to_yaml
 from gossamer.train.flags import UsageError
+from gossamer.train.narrowing import Widths, digest
+from gossamer.train.recipes import settings_file
 from gossamer.train.run import train
 
 # Lightning 2.6 on torch 2.13.
@@ -86,8 +92,8 @@ def test_the_file_in_the_docs_is_understood(tmp_path):
     (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "some.yaml").write_text(block)
     cells = read(tmp_path / "some.yaml").cells
-    assert len(cells) == 3 * (1 + 2 * 4)
-    assert isinstance(cells[-1].method, gossamer.DST)
+    assert len(cells) == 3 * (1 + 2 * 4 * (1 + 3))
+    assert isinstance(cells[-4].method, gossamer.DST)
 
 
 def test_entries_may_have_densities_of_their_own(compared):
@@ -151,6 +157,12 @@ def test_defaults(tmp_path):
         ({"seed": 1}, "'seed' is not given for all runs: list seeds under `seeds`"),
         ({"baseline": True}, "the dense twin is always trained"),
         ({"alpha": 1}, "'alpha' is a setting of dst"),
+        ({"rivals": "slim"}, "rivals: got 'slim'; wanted a list, [slim]"),
+        ({"rivals": ["slm"]}, "rivals: there is no rival 'slm' (did you mean slim?): choose of"),
+        ({"rivals": ["slim", "slim"]}, "rivals: slim is there twice"),
+        ({"rivals": ["slim-wall-time"]}, "slim-wall-time needs slim, whose epochs"),
+        ({"methods": [{"method": "static", "rivals": [1]}]}, "static: rivals: there is no rival 1"),
+        ({"widths_of": "runs/x"}, "dense networks of the slim ones' widths are `rivals`"),
         ({"sparsities": [0.1]}, "no setting 'sparsities' (did you mean densities?)"),
     ],
 )  # fmt: skip
@@ -173,6 +185,118 @@ def test_values_that_are_refused(compared, tmp_path, capsys):
     assert cli.main(["compare", str(tmp_path / "tiny.yaml")]) == 2
     assert "gossamer train --config" in capsys.readouterr().err
     assert cli.main(["compare", str(tmp_path / "tiny.yaml"), "--jobs", "0"]) == 2
+
+
+# ------------------------------------------------------------------ rivals
+
+
+def test_rivals_follow_their_cell(compared):
+    found = compared(
+        methods=[
+            {"method": "chase", "min_channels": 2, "epochs": 3, "lr": 0.2},
+            {"method": "static", "rivals": ["uniform"], "keep_channels": ["classifier"]},
+            {"method": "static", "label": "alone", "rivals": []},
+        ],
+        rivals=["slim-wall-time", "slim"],
+        densities=[0.2],
+    )
+    assert [str(cell) for cell in found.cells[2:9]] == [
+        "chase, density 0.2, seed 0",
+        "chase, density 0.2, slim, seed 0",
+        "chase, density 0.2, slim-wall-time, seed 0",
+        "static, density 0.2, seed 0",
+        "static, density 0.2, uniform, seed 0",
+        "alone, density 0.2, seed 0",
+        "chase, density 0.2, seed 1",
+    ]
+    chase, slim, timed, static, uniform = found.cells[2:7]
+    assert [cell.after for cell in (slim, timed, uniform)] == [(chase,), (chase, slim), (static,)]
+    # The dense twin's recipe, and the epochs and kept channels of the cell.
+    dense = found.cells[0]
+    own = {"widths_of": str(chase.config.folder), "out": f"{chase.config.folder}-slim"}
+    assert slim.config == replace(dense.config, epochs=3, **own)
+    assert slim.method == timed.method == uniform.method == dense.method
+    assert timed.config.out.endswith("cells/chase-d0.2-s0-slim-wall-time")
+    assert uniform.config.uniform_widths
+    assert uniform.config.keep_channels == ("classifier",)
+    assert [cell.optional for cell in (slim, timed, uniform)] == [True, True, False]
+
+
+def test_the_recipe_of_rivals():
+    cells = read(settings_file("digits-rivals")).cells
+    assert len(cells) == 3 * (1 + 1 + 3)
+    assert [cell.rival for cell in cells[3:7]] == ["", "slim", "slim-wall-time", "uniform"]
+
+
+def took(seconds, device="cpu", threads=1):
+    clocks = {"wall_seconds": {"sparse": 2 * seconds}, "cpu_seconds": {"sparse": seconds}}
+    return clocks | {"machine": {"device": device, "threads": threads}}
+
+
+def ended(cell, source, seconds=1.0):
+    """As if the cell's run had ended like that of `source`, in so many seconds."""
+    cell.config.folder.mkdir(parents=True)
+    shutil.copy(source.run.model, cell.run.model)
+    cell.run.summary.write_text(json.dumps(took(seconds)))
+
+
+def test_epochs_that_fit_into_the_wall_time(compared, trained):
+    found = compared(
+        methods=["chase"], seeds=[0], densities=[0.2], rivals=["slim", "slim-wall-time"], epochs=7
+    )
+    dense, chase, slim, timed = found.cells
+    ended(chase, trained.cells[2], seconds=30.0)
+    ended(slim, trained.cells[2], seconds=20.0)
+    assert launched(timed) == replace(timed.config, epochs=10)  # of 10.5
+    assert [launched(cell) for cell in (dense, slim)] == [dense.config, slim.config]
+    timed.run.path.mkdir()
+    timed.run.config.write_text(to_yaml(launched(timed), timed.method))
+    slim.run.summary.write_text(json.dumps(took(1.0)))
+    assert launched(timed).epochs == 10  # once it has been started it stays so
+    found.check_unchanged()
+    for device, threads in (("cuda", 1), ("cpu", 2)):  # one clock does not see all of it
+        slim.run.summary.write_text(json.dumps(took(1.0, device, threads)))
+        assert slim.training() == (2.0, "wall")
+    slim.run.summary.write_text("{}")
+    timed.run.config.unlink()
+    with pytest.raises(ValueError, match=r"slim.summary\.json is damaged .*: remove its folder"):
+        launched(timed)
+
+
+def test_a_rival_of_a_network_that_is_gone_is_refused(compared, trained):
+    found = compared(methods=["chase"], densities=[0.2], seeds=[0], rivals=["slim"])
+    _, chase, slim = found.cells
+    ended(chase, trained.cells[2])
+    ended(slim, trained.cells[2])
+    widths = Widths(str(chase.config.folder), digest(chase.run.model), read_plan(chase.run.model))
+    slim.run.widths.write_text(json.dumps(widths.to_dict()))
+    found.check_unchanged()
+    with chase.run.model.open("ab") as file:
+        file.write(b"trained anew")
+    with pytest.raises(
+        ValueError, match=r"chase-d0.2-s0-slim has the widths that .*chase-d0.2-s0 had"
+    ):
+        found.check_unchanged()
+    chase.run.summary.unlink()
+    with pytest.raises(
+        ValueError, match=r"removed or trained anew since: remove .*chase-d0.2-s0-slim"
+    ):
+        found.check_unchanged()
+
+
+def test_rivals_have_rows_of_their_own(tmp_path):
+    found = [row("dense", 0, 0.75, 200), row("set", 0, 0.5, 40, 0.1)]
+    found += [row("set", 0, 0.75, 60, 0.1, "slim"), row("set", 0, 0.25, 50, 0.1, "uniform")]
+    assert [line[0] for line in means(found)[1:]] == [
+        "dense",
+        "set 0.1",
+        "set 0.1 slim",
+        "set 0.1 uniform",
+    ]
+    assert [line[3] for line in means(found)[1:]] == ["-", "-25.00", "+0.00", "-50.00"]
+    draw(tmp_path / "plot.svg", "rivals", found)
+    svg = (tmp_path / "plot.svg").read_text()
+    assert all(f">{name}</text>" in svg for name in ("dense", "set", "set slim", "set uniform"))
 
 
 # ------------------------------------------------------------------ real cells
@@ -225,7 +349,8 @@ def test_rows_have_all_figures(trained):
         assert chase["val_accuracy"] == float(list(csv.DictReader(file))[-1]["val_accuracy"])
 
     grouped = groups(found)
-    assert list(grouped) == [("dense", None), ("chase", 0.2)]
+    assert list(grouped) == [("dense", None, ""), ("chase", 0.2, "")]
+    assert chase["epochs"] == 1
     own = figures_of([dense], [dense])
     assert own["difference"] == [0]
     assert own["macs_executed"] == own["bytes_on_disk"] == [1]
@@ -233,12 +358,12 @@ def test_rows_have_all_figures(trained):
     assert failures(found) == ["static 0.2 seed 0: no luck"]
 
 
-def row(label, seed, accuracy, macs, density=None):
-    figures = dict.fromkeys(
-        ("nonzeros", "bytes_on_disk", "macs_executed", "macs_sparse", "macs_training"), macs
-    )
-    return figures | {
+def row(label, seed, accuracy, macs, density=None, rival=""):
+    sizes = ("nonzeros", "bytes_on_disk", "macs_executed", "macs_sparse", "macs_training")
+    return dict.fromkeys((*sizes, "train_seconds"), macs) | {
         "label": label,
+        "rival": rival,
+        "epochs": 30,
         "density_asked": density,
         "seed": seed,
         "status": "done",
@@ -260,11 +385,13 @@ def test_the_table_by_hand():
         "vs dense": "-",
         "validation": "62.50 +- 17.68",
         "density": "0.2500",
+        "epochs": "30",
         "nonzeros": "1.000",
         "bytes": "1.000",
         "MACs executed": "1.000",
         "MACs sparse": "1.000",
         "MACs training": "1.000",
+        "training time": "1.000",
         "latency": "-",
     }
     cells = dict(zip(head, sparse, strict=True))
@@ -297,8 +424,10 @@ if (model / "hang").exists() and "dense" not in out.name:
     signal.signal(signal.SIGTERM, stop)
     (out / "started").touch()
     time.sleep(60)
+like = model / out.name.split("-")[0]
+like = like if like.exists() else model / "run"
 for name in ("metrics.csv", "model.safetensors", "summary.json"):
-    shutil.copy(model / "run" / name, out / "partly")
+    shutil.copy(like / name, out / "partly")
     os.replace(out / "partly", out / name)
 (out / "started").touch()
 """
@@ -438,6 +567,47 @@ def test_a_killed_cell_and_a_silent_one(compared, stand_in, monkeypatch):
     assert found[1]["error"] == "ended with code 3 and said nothing"
 
 
+def test_where_nothing_was_cut_there_are_no_rivals(compared, stand_in):
+    """Every cell ends like the dense twin."""
+    listed = {"method": "static", "label": "asked", "rivals": ["slim"]}
+    rivals, said = ["slim", "uniform"], []
+    comparison = compared(densities=[0.2], seeds=[0], methods=["static", listed], rivals=rivals)
+    found = compare(comparison, jobs=1, say=said.append)
+    assert [row["status"] for row in found] == ["done"] * 2 + ["left out"] * 2 + ["done", "failed"]
+    assert "[3/6] static, density 0.2, slim, seed 0: left out, because nothing was cut" in said[3]
+    (error,) = failures(found)
+    assert error.startswith("asked 0.2 slim seed 0: nothing was cut from ")
+    assert error.endswith(
+        "cells/asked-d0.2-s0: its network is as wide as before, and a dense network "
+        "of those widths is the dense twin"
+    )
+    text = (comparison.folder / "compare.md").read_text()
+    assert (
+        "because nothing was cut there: static 0.2 slim seed 0; static 0.2 uniform seed 0." in text
+    )
+    said.clear()
+    compare(comparison, jobs=1, say=said.append)
+    assert said[0].startswith("1 of 6 cells to train")
+
+
+def test_rivals_wait_for_their_cell(compared, stand_in, trained):
+    shutil.copytree(trained.cells[2].config.folder, stand_in / "chase")
+    rivals, said = ["slim", "slim-wall-time"], []
+    comparison = compared(densities=[0.2], methods=["chase"], rivals=rivals)
+    fails(stand_in, "chase-d0.2-s1", "gossamer: error: no luck")
+    found = compare(comparison, jobs=2, say=said.append)
+    chase = [row for row in found if row["label"] == "chase"]
+    assert [row["status"] for row in chase] == ["done"] * 3 + ["failed"] + ["waiting"] * 2
+    order = [line.split("] ")[1].split(":")[0] for line in said if line[0] == "["]
+    places = [
+        order.index(f"chase, density 0.2, {name}seed 0")
+        for name in ("", "slim, ", "slim-wall-time, ")
+    ]
+    assert places == sorted(places)
+    assert {row["method"] for row in chase[1:3]} == {"dense"}
+    assert "| chase 0.2 slim-wall-time | 1 |" in (comparison.folder / "compare.md").read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_stops_the_children_and_the_next_call_goes_on(
     number, compared, stand_in, tmp_path, capsys
@@ -478,7 +648,8 @@ def test_a_child_that_will_not_stop_is_ended(patience, caught, compared, stand_i
     monkeypatch.setattr(processes, "_COMMAND", stubborn)
     monkeypatch.setattr(processes, "_PATIENCE", patience)
     (stand_in / "hang").touch()
-    process = processes._Process(comparison.cells[1], None)
+    cell = comparison.cells[1]
+    process = processes._Process(cell, cell.config, None)
     while not (comparison.cells[1].run.path / "started").exists():
         time.sleep(0.02)
     start = time.monotonic()
@@ -523,6 +694,24 @@ def test_how_many_at_a_time(monkeypatch):
 
 
 # ------------------------------------------------------------------ the whole of it
+
+
+@pytest.mark.slow
+def test_real_rivals(compared, tmp_path):
+    comparison = compared(
+        epochs=2,
+        densities=[0.2],
+        seeds=[0],
+        methods=[{"method": "chase", "min_channels": 2}],
+        rivals=["slim", "slim-wall-time", "uniform"],
+    )
+    dense, chase, slim, timed, uniform = compare(comparison, jobs=1, say=lambda line: None)
+    assert {row["status"] for row in (dense, chase, slim, timed, uniform)} == {"done"}
+    for rival in (slim, timed):
+        assert rival["macs_executed"] == rival["macs_sparse"] == chase["macs_executed"]
+        assert rival["channel_sparsity"] == chase["channel_sparsity"]
+    assert uniform["macs_executed"] == pytest.approx(chase["macs_executed"], rel=0.02)
+    assert timed["macs_training"] / timed["epochs"] == slim["macs_training"] / slim["epochs"]
 
 
 @pytest.mark.slow

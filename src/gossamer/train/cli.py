@@ -255,10 +255,12 @@ def _compare(argv: list[str]) -> int:
     parser = ArgumentParser(
         prog="gossamer compare",
         description="Train several methods at several densities and seeds, and their dense twin.",
-        epilog="example:\n  gossamer compare digits-compare\n\nThe file lists "
-        "`methods`, `densities` and `seeds`, and has the settings of gossamer train\nthat all "
-        "share. What is finished is not run again; after an interruption the same\ncommand goes "
-        "on.",
+        epilog="examples:\n  gossamer compare digits-compare\n  gossamer compare digits-rivals\n\n"
+        "The file lists `methods`, `densities` and `seeds`, and has the settings of gossamer train"
+        "\nthat all share. `rivals: [slim, slim-wall-time, uniform]` trains dense networks of the "
+        "slim\nones' widths from scratch beside them: for as many epochs, for as long, and with "
+        "every\nlayer narrowed by the same share. What is finished is not run again; after an "
+        "interruption\nthe same command goes on.",
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", metavar="FILE", help="YAML file, or recipe, of a comparison")

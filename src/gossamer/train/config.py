@@ -44,6 +44,11 @@ class TrainConfig:
         method: Sparse training method; `gossamer methods` lists them.
         model: Network by name, or a factory of your own, `package.module:factory`.
         width: Factor on every layer's number of channels.
+        widths_of: Run folder or model file: the network gets the widths of the slim network there,
+            before training, and weights of its own. With the method static at density 1 a dense
+            network of those widths is trained from scratch.
+        uniform_widths: Not the widths of `widths_of`, but its executed MACs: every layer is
+            narrowed by the same share.
         data: "digits", a Parquet file or folder, an image folder, or `owner/name` on the hub.
         val_fraction: Share of the training images held out for validation, where the set has none.
         image_size: Resize images to this many pixels a side; None leaves them.
@@ -84,6 +89,8 @@ class TrainConfig:
     method: str = "chase"
     model: str = "resnet20"
     width: float = 1.0
+    widths_of: str | None = None
+    uniform_widths: bool = False
     data: str = "digits"
     val_fraction: float = 0.1
     image_size: int | None = None
@@ -142,6 +149,10 @@ class TrainConfig:
             raise ValueError(
                 f"warmup_epochs={self.warmup_epochs} of {self.epochs} epochs leaves none to train "
                 "in: give fewer"
+            )
+        if self.uniform_widths and self.widths_of is None:
+            raise ValueError(
+                "uniform_widths: say with widths_of which network's MACs they shall come to"
             )
         if any(not 0 < milestone < 1 for milestone in self.milestones):
             raise ValueError(
@@ -205,6 +216,8 @@ def check_unchanged(file: Path, config: TrainConfig, method: Method) -> None:
     # What an older version did not know, it did as is done by default.
     before = to_dict(TrainConfig(), type(method)()) | read_yaml(file)
     for key in (*now, *before):
+        if key == "widths_of" and None not in (before.get(key), now.get(key)):
+            continue  # a folder may have moved: what is in it is compared when it is read
         if key not in _FREE and before.get(key) != now.get(key):
             raise ValueError(
                 f"{file} says {key}: {before.get(key)}, and now it is {now.get(key)}: "

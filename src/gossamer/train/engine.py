@@ -234,7 +234,7 @@ class _Classifier(LightningModule):
         self._watcher = watcher
         self._sparsifier = None if sparsify is None else sparsify.sparsifier
         self._topology = None if sparsify is None else sparsify.topology
-        self._started = 0.0
+        self._started = self._started_cpu = 0.0
         self._sums = {"train": _Sums(), "val": _Sums()}
         self._within: dict[str, Any] | None = None
         self.step_in_epoch = 0
@@ -274,7 +274,7 @@ class _Classifier(LightningModule):
         (mixed,) = np.random.SeedSequence((self.settings.seed, epoch)).generate_state(1, np.uint64)
         torch.manual_seed(int(mixed) >> 1)
         self._sums = {"train": _Sums(), "val": _Sums()}
-        self._started = time.perf_counter()
+        self._started, self._started_cpu = time.perf_counter(), time.process_time()
         self.step_in_epoch = 0
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
@@ -302,6 +302,7 @@ class _Classifier(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Close the epoch's row."""
+        seconds = self._seconds()  # what follows only looks at the network
         train, val = self._sums["train"], self._sums["val"]
         made = rate(self.settings, self.global_step - 1, len(self._batches))
         row: Row = {
@@ -314,7 +315,7 @@ class _Classifier(LightningModule):
             "val_accuracy": val.accuracy,
             **self._sparsity(),
             **self._look(self.current_epoch + 1),
-            "seconds": time.perf_counter() - self._started,
+            **seconds,
             "macs_training": self.work.total,
         }
         self.history.rows.append(row)
@@ -335,6 +336,8 @@ class _Classifier(LightningModule):
         with reading("what the checkpoint says of the run", "train from the start"):
             state = checkpoint["gossamer"]
             self.history = History(**state["history"])
+            for row in self.history.rows:  # of a version that had one clock
+                row.setdefault("cpu_seconds", row["seconds"])
             self.work.load_state_dict(state["work"])
             self._within = state.get("within")  # format 1 has none
 
@@ -344,7 +347,7 @@ class _Classifier(LightningModule):
         return {
             "step": self.step_in_epoch,
             "sums": self._sums["train"].state_dict(),
-            "seconds": time.perf_counter() - self._started,
+            **self._seconds(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(train.device) if train.is_cuda else None,
         }
@@ -354,9 +357,17 @@ class _Classifier(LightningModule):
         self._sums = {"train": _Sums(), "val": _Sums()}
         self._sums["train"].load_state_dict(within["sums"])
         self._started = time.perf_counter() - within["seconds"]
+        self._started_cpu = time.process_time() - within.get("cpu_seconds", within["seconds"])
         torch.set_rng_state(within["random"])
         if within["random_cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(within["random_cuda"])
+
+    def _seconds(self) -> Row:
+        """Of this epoch so far, on the wall's clock and on the processor's."""
+        return {
+            "seconds": time.perf_counter() - self._started,
+            "cpu_seconds": time.process_time() - self._started_cpu,
+        }
 
     def _figures(self) -> Row:
         train = self._sums["train"]

@@ -7,6 +7,7 @@ slim: the same network after the cut.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from gossamer.shrink.shrink import shrink, unread
 from gossamer.sparsifier import Sparsifier
 from gossamer.train.data import Batches
 from gossamer.train.expand import expand, scatter, take
+from gossamer.train.narrowing import is_narrower
 
 if TYPE_CHECKING:
     from gossamer.train.engine import History
@@ -80,32 +82,39 @@ class Delivered:
         return {name: take(mask, name, self.plan) for name, mask in self.supports.items()}
 
 
-def deliver(sparsifier: Sparsifier, full: nn.Module, example: Tensor) -> Delivered:
+def deliver(
+    sparsifier: Sparsifier, full: nn.Module, example: Tensor, before: Plan | None = None
+) -> Delivered:
     """Finish a trained Sparsifier: bake its model, widen a copy of it, cut another.
 
     Args:
         sparsifier: At the end of training; it is done then.
-        full: The network as it was before training, not sparsified; it becomes the sparse one.
+        full: The network at full width, not sparsified; it becomes the sparse one.
         example: An input it accepts.
+        before: What had been cut from it before training.
     """
+    plan = Plan() if before is None else copy.deepcopy(before)
+    plan.record(sparsifier.plan.changes)
+    shapes = {name: parameter.shape for name, parameter in full.named_parameters()}
     supports = {
-        site.tensor_name: scatter(
-            site.support, site.original_shape, site.tensor_name, sparsifier.plan
-        )
+        name: scatter(site.support, shapes[name], name, plan)
         for site in sparsifier.sites
+        for name in (site.tensor_name,)
     }
     trained = sparsifier.finalize()
-    sparse = expand(trained, full, sparsifier.plan)
+    sparse = expand(trained, full, plan)
     try:
         groups = find_groups(full, example)
-        cut = shrink(trained, example, sparsifier.plan, block=sparsifier.method.block)
+        cut = shrink(trained, example, plan, block=sparsifier.method.block)
     except ValueError as error:  # a method that needs no graph trains what cannot be traced
-        return Delivered(sparse, trained, sparsifier.plan, supports, (), str(error))
+        return Delivered(sparse, trained, plan, supports, (), str(error))
     pools = {pool.name for pool in sparsifier.pools}
+    lost = {group.name for group in groups if before is not None and is_narrower(group, before)}
     eligible = tuple(
         group
         for group in groups
-        if (group.name in pools if pools else group.internal and not group.locked)
+        if group.name in lost
+        or (group.name in pools if pools else group.internal and not group.locked)
     )
     return Delivered(sparse, cut.model, cut.plan, supports, eligible, "")
 

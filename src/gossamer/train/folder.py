@@ -2,6 +2,7 @@
 
 config.yaml          repeats the run
 latency.json         what gossamer.latency measured before training, where the method asked for it
+widths.json          what the network was cut to before training, where the run was told to
 metrics.csv          one row per epoch (metrics-dense.csv: the dense twin's)
 layers.csv           one row per epoch and sparse layer, of the sparse network
 tensorboard/         the columns of metrics.csv for TensorBoard, where the run was told to
@@ -48,6 +49,7 @@ class RunFolder:
         self.path = path
         self.config = path / CONFIG
         self.latency = path / "latency.json"
+        self.widths = path / "widths.json"
         self.model = path / "model.safetensors"
         self.summary = path / "summary.json"
         self.report = path / "report.md"
@@ -122,7 +124,8 @@ class RunFolder:
                 path.unlink()
 
     def _files(self) -> list[Path]:
-        files = [self.config, self.latency, self.model, self.summary, self.report, self.layers]
+        files = [self.config, self.latency, self.widths, self.model, self.summary]
+        files += [self.report, self.layers]
         files += map(self.metrics, _NETWORKS)
         return files + [self.path / name for name in _LATER]
 

@@ -56,10 +56,22 @@ def build_model(
             f"{memory / 1e9:.3g} GB of this machine: give smaller ones"
         )
     model = _builder(name)(num_classes, in_shape, width)
+    _start_convolutions(model)
+    return model
+
+
+def draw_again(model: nn.Module) -> None:
+    """Draw the weights of a built-in network anew, as `build_model` does, by its widths now."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.reset_parameters()
+    _start_convolutions(model)
+
+
+def _start_convolutions(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return model
 
 
 def weigh(

@@ -117,6 +117,17 @@ def notes(summary: Mapping[str, Any]) -> str:
             f"{'met' if share <= 1 else 'missed'} with {measured}, {share:.3f} of it "
             f"(predicted {predicted})."
         )
+    widths = summary.get("widths")  # older runs had none
+    if widths is not None:
+        what, how = (
+            ("executed MACs", ", all layers narrowed alike,")
+            if widths["uniform"]
+            else ("widths", "")
+        )
+        text += (
+            f"\nThe network had the {what} of {widths['of']}{how} from the start, and weights of "
+            "its own; dense is the full-width network."
+        )
     for refused in summary["refused"]:
         text += f"\nNot cut, it would have been slower: {refused}."
     for collapsed in summary.get("collapsed", ()):  # older runs did not look

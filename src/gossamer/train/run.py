@@ -52,6 +52,7 @@ from gossamer.train.figures import (
 )
 from gossamer.train.folder import RunFolder
 from gossamer.train.models import build_model
+from gossamer.train.narrowing import Widths, read_widths
 from gossamer.train.report import markdown
 from gossamer.train.source import Architecture
 from gossamer.train.stop import Stop, stoppable
@@ -181,6 +182,7 @@ class _Run:
         self.val = self._batches(self.data.val)
         self.test = self._batches(self.data.test)
         self.example = next(iter(self.val))[0][:2].cpu()
+        self.widths = self._widths()
         self.latency = self._latency() if "latency" in method.priced_in else None
 
     def go(self) -> dict[str, Any]:
@@ -199,16 +201,19 @@ class _Run:
         folder.write_text(folder.config, to_yaml(config, self.method))
         if self.latency is not None:
             folder.write_json(folder.latency, self.latency.readings.to_dict())
+        if self.widths is not None:
+            folder.write_json(folder.widths, self.widths.to_dict())
 
         told = self._forecast(model, sparsifier)
         if told is not None:
             self.watcher.noted(f"forecast: {told}")
         history = {"sparse": self._trained("sparse", model, sparsifier)}
-        delivered = deliver(sparsifier, self._model(), self.example)
+        before = None if self.widths is None else self.widths.plan
+        delivered = deliver(sparsifier, self._full(), self.example, before)
         save(folder.model, delivered.slim, delivered.plan, self._architecture().metadata())
         twin = None
         if config.baseline:
-            twin = self._model()
+            twin = self._full()
             history["dense"] = self._trained("dense", twin, None)
 
         summary = self._summary(delivered, twin, history) | {
@@ -216,6 +221,7 @@ class _Run:
             "topology": topology(history["sparse"]),
             "left_dense": sparsifier.left_dense,
             "locked": sparsifier.locked,
+            "widths": self._about_widths(),
             "refused": sparsifier.refused,
             "collapsed": sparsifier.collapsed,
         }
@@ -307,7 +313,7 @@ class _Run:
             model.cpu()
 
         rows = {name: own.rows for name, own in history.items()}
-        full = self._model()
+        full = self._full()
         reference = account(full, self.example)
         steps = len(rows["sparse"]) * len(self._train_batches()) * self.config.batch_size
         summary: dict[str, Any] = {
@@ -329,8 +335,11 @@ class _Run:
                 "threads": torch.get_num_threads(),
                 "platform": platform.platform(),
             },
-            "wall_seconds": {
-                name: sum(row["seconds"] for row in own) for name, own in rows.items()
+            **{
+                f"{clock}_seconds": {
+                    name: sum(row[column] for row in own) for name, own in rows.items()
+                }
+                for clock, column in (("wall", "seconds"), ("cpu", "cpu_seconds"))
             },
             "latency": {
                 **asdict(times.conditions),
@@ -415,15 +424,52 @@ class _Run:
             data=self.data.name,
         )
 
+    def _widths(self) -> Widths | None:
+        """What the network is cut to before training; a resumed run stays with what it was."""
+        config, file = self.config, self.folder.widths
+        if config.widths_of is None:
+            return None
+        if self.resume and file.exists():
+            widths = Widths.from_dict(read_json(file, "train from the start"), str(file))
+            widths.check_source(config.widths_of)
+            return widths
+        return read_widths(
+            config.widths_of,
+            self._full(),
+            self.example,
+            network=(config.model, config.width),
+            uniform=config.uniform_widths,
+            keep_channels=config.keep_channels,
+        )
+
+    def _about_widths(self) -> dict[str, Any] | None:
+        if self.widths is None:
+            return None
+        return {"of": self.widths.source, "uniform": self.config.uniform_widths}
+
     def _model(self) -> nn.Module:
         """The network as training starts from it: the same each time."""
+        full = self._full()
+        if self.widths is None:
+            return full
+        # Other weights than a sparse run of this seed has had: those that are drawn next.
+        built_in = ":" not in self.config.model
+        return self._placed(self.widths.narrow(self._build(), self.example, built_in=built_in))
+
+    def _full(self) -> nn.Module:
+        """The network at full width, as a run without `widths_of` starts from it."""
         torch.manual_seed(self.config.seed)
-        model = build_model(
+        return self._placed(self._build())
+
+    def _build(self) -> nn.Module:
+        return build_model(
             self.config.model,
             num_classes=self.data.num_classes,
             in_shape=self.data.in_shape,
             width=self.config.width,
         )
+
+    def _placed(self, model: nn.Module) -> nn.Module:
         if self.config.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model

@@ -20,7 +20,7 @@ from gossamer.shrink.plan import Plan
 from gossamer.train.folder import RunFolder
 from gossamer.train.models import build_model, weigh
 
-__all__ = ["Architecture", "Source", "open_model"]
+__all__ = ["Architecture", "Source", "model_file", "open_model"]
 
 _HEADER_KEY = "gossamer_model"
 _NAME_IT = "name the network with --model NAME"
@@ -159,6 +159,25 @@ def open_model(
         plan=plan,
         architecture=architecture,
     )
+
+
+def model_file(spec: str, model: str) -> tuple[Path, Architecture | None]:
+    """The model file that a run folder or a path names, and of what network it says that it is.
+
+    Args:
+        spec: A folder that `gossamer train` wrote, or a .safetensors file of Gossamer's.
+        model: Name or factory of what it is taken for.
+
+    Raises:
+        ValueError: The run has not ended, or the file is none of Gossamer's.
+        OSError: It is not there, or cannot be read.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        return _run(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file or run folder {spec}")
+    return path, _header(path, model)
 
 
 def _run(path: Path) -> tuple[Path, Architecture]:

@@ -15,10 +15,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gossamer.reading import read_json
-from gossamer.train.compare.grid import COPY, DENSE, Cell, Comparison, read
+from gossamer.train.compare.cell import DENSE, Cell
+from gossamer.train.compare.grid import COPY, Comparison, read
 from gossamer.train.compare.plot import draw
 from gossamer.train.compare.processes import default_jobs, locked, log_of, train_cells
 from gossamer.train.compare.results import Row, failures, markdown, means, rows
+from gossamer.train.compare.rivals import unneeded
 from gossamer.train.compare.timing import dense_ratio, stored, time_cells
 from gossamer.train.folder import RunFolder
 
@@ -73,7 +75,7 @@ class _Work:
 
     def __init__(self, comparison: Comparison, jobs: int, say: Callable[[str], None]) -> None:
         self.comparison = comparison
-        self.todo = [cell for cell in comparison.cells if not cell.finished]
+        self.todo = [c for c in comparison.cells if not (c.finished or unneeded(c))]
         self.errors: dict[Cell, str] = {}
         self._jobs = jobs
         self._say = say
@@ -84,12 +86,16 @@ class _Work:
         """Note a cell's end; returns whether the others are worth training."""
         self._ended += 1
         self._seconds += seconds
-        if error is None:
+        if error is None and not cell.finished:
+            told = "left out, because nothing was cut"
+        elif error is None:
             summary = read_json(cell.run.summary, "remove its folder to train it anew")
             told = f"accuracy {summary['slim']['accuracy']:.2%}, {_duration(seconds)}"
         else:
             self.errors[cell] = error
-            told = f"failed: {error}; see {log_of(cell)}"
+            told = f"failed: {error}"
+            if log_of(cell).exists():  # it was started
+                told += f"; see {log_of(cell)}"
         left = len(self.todo) - self._ended
         rest = self._seconds / self._ended * left / self._jobs
         coming = f"; about {_duration(rest)} to go" if left else ""

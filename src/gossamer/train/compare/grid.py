@@ -2,7 +2,7 @@
 
 methods x densities x seeds, and the dense twin once per seed: each of these is a cell, and a run
 of its own. Methods that take a density get each one of the list; an entry that sets its own
-density, and a method that has none, run once per seed.
+density, and a method that has none, run once per seed. Rivals of a cell follow it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gossamer.method import Method
+from gossamer.reading import short
 from gossamer.registry import METHODS, method_info
+from gossamer.train.compare.cell import DENSE, Cell
+from gossamer.train.compare.rivals import RIVALS, SLIM, WALL_TIME, check_origin, launched, rivals_of
 from gossamer.train.config import TrainConfig, check_unchanged, read_yaml
 from gossamer.train.flags import UsageError, typed
-from gossamer.train.folder import RunFolder
 
-__all__ = ["CELLS", "COPY", "DENSE", "Cell", "Comparison", "read"]
+__all__ = ["CELLS", "COPY", "Comparison", "read"]
 
 CELLS = "cells"
 COPY = "compare.yaml"
-DENSE = "dense"
 
-_LISTS = ("methods", "densities", "seeds")
+_LISTS = ("methods", "densities", "seeds", "rivals")
 # Settings of a run that cannot be given for all, and what to do instead.
 _DECIDED = {
     "method": "list methods under `methods`",
@@ -34,46 +35,12 @@ _DECIDED = {
     "density": "list densities under `densities`, or give one to the entry of a method",
     "baseline": "the dense twin is always trained, once per seed",
     "threshold_decay": "give it to the entries of methods that learn thresholds",
+    "widths_of": "give it to an entry; dense networks of the slim ones' widths are `rivals`",
+    "uniform_widths": "give it to an entry, with widths_of; or list `rivals: [uniform]`",
 }
 _DATA = ("data", "val_fraction", "image_size")
 _COMMON = ("model", "width", *_DATA, "channels_last", "threads", "device", "out")
 _T = TypeVar("_T", int, float)
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """One run of a comparison.
-
-    Attributes:
-        label: Of the entry; several entries may have the same method.
-        density: The one of the list; None where the entry's own settings decide.
-        config: Settings of the run; its folder is the cell's.
-        method: Hyperparameters.
-    """
-
-    label: str
-    density: float | None
-    config: TrainConfig
-    method: Method
-
-    @property
-    def seed(self) -> int:
-        """Of weights, masks, batches and validation images."""
-        return self.config.seed
-
-    @property
-    def run(self) -> RunFolder:
-        """The run folder."""
-        return RunFolder(self.config.folder)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run has been made to its end."""
-        return self.run.summary.exists()
-
-    def __str__(self) -> str:
-        density = "" if self.density is None else f"density {self.density:g}, "
-        return f"{self.label}, {density}seed {self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,9 +66,10 @@ class Comparison:
     def check_unchanged(self) -> None:
         """Raise ValueError when a cell's folder holds a run with other settings."""
         for cell in self.cells:
+            check_origin(cell)
             if cell.run.config.exists():
                 try:
-                    check_unchanged(cell.run.config, cell.config, cell.method)
+                    check_unchanged(cell.run.config, launched(cell), cell.method)
                 except ValueError as error:
                     anew = f"or remove {cell.config.folder} to train it anew"
                     raise ValueError(f"{error}, {anew}") from error
@@ -111,7 +79,8 @@ def read(file: Path, out: str | None = None) -> Comparison:
     """Read a comparison.
 
     Args:
-        file: YAML: `methods`, `densities`, `seeds`, and settings of `gossamer train` for all.
+        file: YAML: `methods`, `densities`, `seeds`, `rivals`, and settings of `gossamer train` for
+            all.
         out: Folder, instead of the file's `out`; without both it is runs/<name of the file>.
 
     Raises:
@@ -130,7 +99,13 @@ def read(file: Path, out: str | None = None) -> Comparison:
         _check_common(common)
         densities = _numbers(values, "densities", float, ())
         seeds = _numbers(values, "seeds", int, (0, 1, 2))
+        rivals = _rivals(values.get("rivals", ()), "rivals")
         entries = _entries(values["methods"])
+        own_rivals = {
+            label: _rivals(settings.pop("rivals"), f"methods, {label}: rivals")
+            for label, settings in entries.items()
+            if "rivals" in settings
+        }
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
 
@@ -152,11 +127,16 @@ def read(file: Path, out: str | None = None) -> Comparison:
     def cell(label: str, density: float | None, config: TrainConfig, method: Method) -> Cell:
         name = re.sub(r"[^\w.-]+", "-", label) + ("" if density is None else f"-d{density:g}")
         path = folder / CELLS / f"{name}-s{config.seed}"
-        return Cell(label, density, replace(config, out=str(path)), method)
+        return Cell(
+            label=label, density=density, config=replace(config, out=str(path)), method=method
+        )
 
     cells = [cell(DENSE, None, replace(dense[0], seed=seed), dense[1]) for seed in seeds]
     for seed in seeds:
-        cells += [cell(*kind[:2], replace(kind[2], seed=seed), kind[3]) for kind in kinds]
+        for label, density, config, method in kinds:
+            made = cell(label, density, replace(config, seed=seed), method)
+            wanted, optional = own_rivals.get(label, rivals), label not in own_rivals
+            cells += [made, *rivals_of(made, wanted, *dense, optional=optional)]
     _check_folders(file, cells)
     return Comparison(
         name=file.stem,
@@ -192,6 +172,27 @@ def _check_common(common: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(name.replace("-", "_"), sorted(known), 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UsageError(f"there is no setting {name!r}{hint}")
+
+
+def _rivals(given: Any, where: str) -> tuple[str, ...]:
+    """Names of rivals."""
+    if not isinstance(given, list | tuple):
+        shown = short(given).strip("'")
+        raise UsageError(f"{where}: got {short(given)}; wanted a list, [{shown}]")
+    for name in given:
+        if name not in RIVALS:
+            near = difflib.get_close_matches(str(name), RIVALS, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UsageError(
+                f"{where}: there is no rival {short(name)}{hint}: choose of {', '.join(RIVALS)}"
+            )
+        if list(given).count(name) > 1:
+            raise UsageError(f"{where}: {name} is there twice")
+    if WALL_TIME in given and SLIM not in given:
+        raise UsageError(
+            f"{where}: {WALL_TIME} needs {SLIM}, whose epochs say how many fit: list both"
+        )
+    return tuple(given)
 
 
 def _numbers(

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from gossamer.train.compare.grid import DENSE
-from gossamer.train.compare.results import Row, figures_of, groups
+from gossamer.train.compare.cell import DENSE
+from gossamer.train.compare.results import TWINS, Row, figures_of, groups
+from gossamer.train.compare.rivals import RIVALS
 from gossamer.train.plots import figure, write_svg
 
 __all__ = ["draw"]
@@ -18,10 +19,13 @@ _PANELS = {
     "latency": "latency / dense",
 }
 _MARKERS = "osD^vP*X<>hd"
+_RIVAL_MARKERS = dict(zip(RIVALS, "soD", strict=True))
 
 
 def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
     """Write the plot as SVG: a panel for each cost, a line per label through its densities.
+
+    Rivals have the colour of their label, dotted lines and open markers, one for each kind.
 
     Points are means over the seeds, bars the standard deviation; the dashed line is the dense
     twins' accuracy, the band its standard deviation.
@@ -32,10 +36,11 @@ def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     grouped = groups(rows)
-    dense = grouped.pop((DENSE, None), [])
-    lines: dict[str, list[Mapping[str, Sequence[float]]]] = {}
-    for (label, _), group in grouped.items():
-        lines.setdefault(label, []).append(figures_of(group, dense))
+    dense = grouped.pop(TWINS, [])
+    lines: dict[tuple[str, str], list[Mapping[str, Sequence[float]]]] = {}
+    for (label, _, rival), group in grouped.items():
+        lines.setdefault((label, rival), []).append(figures_of(group, dense))
+    labels = list(dict.fromkeys(label for label, _ in lines))
     own = figures_of(dense, dense)
 
     drawing = figure(13, 4.4)
@@ -47,7 +52,8 @@ def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
             axes.axhspan(mean - spread, mean + spread, color="black", alpha=0.08, linewidth=0)
             if own[name]:
                 axes.plot(_mean(own[name]), mean, "k*", markersize=12, label=DENSE)
-        for index, (label, points) in enumerate(lines.items()):
+        for (label, rival), points in lines.items():
+            index = labels.index(label)
             shown = [point for point in points if point[name]]
             axes.errorbar(
                 [_mean(point[name]) for point in shown],
@@ -55,11 +61,13 @@ def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
                 xerr=[_spread(point[name]) for point in shown],
                 yerr=[_spread(point["accuracy"]) for point in shown],
                 color=f"C{index}",
-                marker=_MARKERS[index % len(_MARKERS)],
+                marker=_RIVAL_MARKERS[rival] if rival else _MARKERS[index % len(_MARKERS)],
+                markerfacecolor="white" if rival else None,
+                linestyle=":" if rival else "-",
                 linewidth=1,
                 elinewidth=0.8,
                 capsize=2,
-                label=label,
+                label=f"{label} {rival}" if rival else label,
             )
         axes.set_xlabel(caption)
         axes.grid(alpha=0.3)
@@ -72,8 +80,7 @@ def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
             axes.set_xlim(0, 1.05 * axes.get_xlim()[1])
     panels[0].set_ylabel("test accuracy, %")
     drawing.suptitle(title)
-    handles, labels = panels[0].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside right upper")
+    drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     write_svg(path, drawing)
 
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +20,9 @@ from typing import IO
 
 import torch
 
-from gossamer.train.compare.grid import Cell
-from gossamer.train.config import to_yaml
+from gossamer.train.compare.cell import Cell
+from gossamer.train.compare.rivals import launched, unneeded
+from gossamer.train.config import TrainConfig, to_yaml
 
 try:
     import fcntl
@@ -88,24 +88,37 @@ def train_cells(
 ) -> None:
     """Train the cells in this order, `jobs` at a time, each in a process of its own.
 
+    A cell waits for those it comes after; where one of them fails, it is not started.
+
     Args:
         cells: None of them finished.
         jobs: Processes at a time.
         lock: Descriptor for the processes to inherit.
-        ended: Told of every cell that has ended, with what went wrong or None, and its seconds;
-            returns whether cells still waiting may start.
+        ended: Told of every cell that has ended, or turned out not to be needed, with what went
+            wrong or None, and its seconds; returns whether cells still waiting may start.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or a signal to end; the processes have ended, and each cell goes
             on from its newest checkpoint next time.
     """
-    waiting = deque(cells)
+    waiting = list(cells)
     running: list[_Process] = []
     with _caught_signals() as caught:
         try:
-            while (waiting or running) and not caught:
-                while waiting and len(running) < jobs:
-                    running.append(_Process(waiting.popleft(), lock))
+            while not caught:
+                while len(running) < jobs and (cell := _next(waiting)) is not None:
+                    waiting.remove(cell)
+                    try:
+                        settings = None if unneeded(cell) else launched(cell)
+                    except ValueError as error:
+                        ended(cell, str(error), 0.0)
+                    else:
+                        if settings is None:
+                            ended(cell, None, 0.0)
+                        else:
+                            running.append(_Process(cell, settings, lock))
+                if not running:
+                    break  # what still waits does so for cells that have failed
                 time.sleep(_PAUSE)
                 for process in [process for process in running if process.has_ended]:
                     running.remove(process)
@@ -117,15 +130,21 @@ def train_cells(
         raise KeyboardInterrupt
 
 
+def _next(waiting: Sequence[Cell]) -> Cell | None:
+    """The first that has nothing to wait for any more."""
+    ready = (cell for cell in waiting if all(other.finished for other in cell.after))
+    return next(ready, None)
+
+
 class _Process:
     """One `gossamer train` at work."""
 
-    def __init__(self, cell: Cell, lock: int | None) -> None:
+    def __init__(self, cell: Cell, settings: TrainConfig, lock: int | None) -> None:
         self.cell = cell
         self._started = time.monotonic()
         run = cell.run
         if not run.config.exists():
-            run.write_text(run.config, to_yaml(cell.config, cell.method))
+            run.write_text(run.config, to_yaml(settings, cell.method))
         log = log_of(cell)
         self._log_start = log.stat().st_size if log.exists() else 0
         with log.open("ab") as file:
@@ -136,6 +155,7 @@ class _Process:
         # What may change between two starts goes with the command.
         words = ["--out", str(config.folder), "--device", config.device]
         words += ["--threads", str(config.threads)]
+        words += [] if config.widths_of is None else ["--widths_of", config.widths_of]
         return subprocess.Popen(
             [sys.executable, "-c", _COMMAND, "train", "--resume", *words],
             stdin=subprocess.DEVNULL,

@@ -9,21 +9,35 @@ from statistics import fmean, stdev
 from typing import Any
 
 from gossamer.reading import read_json, reading
-from gossamer.train.compare.grid import DENSE, Cell, Comparison
+from gossamer.train.compare.cell import DENSE, Cell
+from gossamer.train.compare.grid import Comparison
+from gossamer.train.compare.rivals import unneeded
 from gossamer.train.report import HEADER, table
 
-__all__ = ["Row", "failures", "figures_of", "groups", "markdown", "means", "rows"]
+__all__ = ["TWINS", "Row", "failures", "figures_of", "groups", "markdown", "means", "rows"]
 
 Row = dict[str, Any]
 Timing = Mapping[str, Any]
+Group = tuple[str, float | None, str]  # label, density, rival
+TWINS: Group = (DENSE, None, "")
 
 # Of results.csv, in order.
 _FIELDS = (
-    *("label", "method", "model", "data", "density_asked", "seed", "status"),
+    *("label", "rival", "method", "model", "data", "density_asked", "seed", "status"),
     *("accuracy", "val_accuracy", "density", "channel_sparsity", "nonzeros", "bytes_on_disk"),
     *("macs_executed", "macs_sparse", "macs_training"),
     *("latency_ms", "latency_ratio", "latency_ratio_low", "latency_ratio_high"),
-    *("train_seconds", "gossamer", "torch", "machine", "threads", "folder", "error"),
+    *(
+        "epochs",
+        "train_seconds",
+        "train_clock",
+        "gossamer",
+        "torch",
+        "machine",
+        "threads",
+        "folder",
+        "error",
+    ),
 )
 # Figures of the table, with title and format; those of the dense twin are the unit of the ratios.
 _RATIOS = {
@@ -32,16 +46,19 @@ _RATIOS = {
     "macs_executed": "MACs executed",
     "macs_sparse": "MACs sparse",
     "macs_training": "MACs training",
+    "train_seconds": "training time",
 }
 _COLUMNS = {
     "accuracy": ("accuracy", "{:.2f}"),
     "difference": ("vs dense", "{:+.2f}"),
     "val_accuracy": ("validation", "{:.2f}"),
     "density": ("density", "{:.4f}"),
+    "epochs": ("epochs", "{:.0f}"),
     **{name: (title, "{:.3f}") for name, title in _RATIOS.items()},
     "latency": ("latency", "{:.3f}"),
 }
-_LEFT_OUT = ("val_accuracy", "density", "nonzeros")  # where the table must be narrow
+# Where the table must be narrow.
+_LEFT_OUT = ("val_accuracy", "density", "epochs", "nonzeros", "train_seconds")
 _UNSTEADY = ("accuracy", "latency")  # what is never told without its deviation
 _LEGEND = """\
 - method: with the density that was asked for; seeds: how many runs. What follows is their mean +-
@@ -57,6 +74,15 @@ _LEGEND = """\
 - MACs sparse: what hardware that skips every zero would run.
 - MACs training: of the whole run, forward and both backward products, those that the method's
   zeros allow to skip left out.
+- training time: of training and validation, by the processor's clock where one thread did all, so
+  that what else ran on the machine does not count; else by the clock on the wall.
+"""
+_RIVALS_LEGEND = """\
+- slim, slim-wall-time, uniform: dense networks that were as narrow from the start, with weights of
+  their own and the dense twin's recipe. slim has the widths of the slim network above it, and as
+  many epochs; slim-wall-time the same widths, and as many epochs as fit into the training time of
+  the sparse run, by what slim took for one; uniform the executed MACs of that slim network, every
+  layer narrowed by the same share.
 """
 
 
@@ -77,12 +103,13 @@ def _row(cell: Cell, error: str, timing: Timing | None) -> Row:
     config = cell.config
     row: Row = dict.fromkeys(_FIELDS) | {
         "label": cell.label,
-        "method": DENSE if cell.label == DENSE else config.method,
+        "rival": cell.rival,
+        "method": DENSE if cell.label == DENSE or cell.rival else config.method,
         "model": config.model,
         "data": config.data,
         "density_asked": cell.density,
         "seed": cell.seed,
-        "status": "done" if cell.finished else "failed" if error else "waiting",
+        "status": _status(cell, error),
         "threads": config.threads,
         "folder": str(config.folder),
         "error": error,
@@ -92,9 +119,9 @@ def _row(cell: Cell, error: str, timing: Timing | None) -> Row:
         slim, machine = summary["slim"], summary["machine"]
         row |= {name: slim[name] for name in _FIELDS if name in slim and name != "latency_ms"}
         row |= {
-            "val_accuracy": _val_accuracy(cell),
+            **_last_epoch(cell),
             "density": summary["sparse"]["density"],  # of all weights, not of those left
-            "train_seconds": summary["wall_seconds"]["sparse"],
+            **dict(zip(("train_seconds", "train_clock"), cell.training(), strict=True)),
             "gossamer": summary["versions"]["gossamer"],
             "torch": summary["versions"]["torch"],
             "machine": machine["gpu"] or machine["cpu"],
@@ -107,22 +134,34 @@ def _row(cell: Cell, error: str, timing: Timing | None) -> Row:
     return row
 
 
-def _val_accuracy(cell: Cell) -> float:
-    """After the last epoch."""
+def _status(cell: Cell, error: str) -> str:
+    if cell.finished:
+        return "done"
+    if error:
+        return "failed"
+    return "left out" if unneeded(cell) else "waiting"
+
+
+def _last_epoch(cell: Cell) -> dict[str, float]:
+    """Its number, and the validation accuracy after it."""
     path = cell.run.metrics("sparse")
     with reading(str(path), "remove its folder to train it anew"):
         with path.open() as file:
             *_, last = csv.DictReader(file)
-        return float(last["val_accuracy"])
+        return {"epochs": int(last["epoch"]), "val_accuracy": float(last["val_accuracy"])}
 
 
-def groups(rows: Sequence[Row]) -> dict[tuple[str, float | None], list[Row]]:
-    """The finished rows by label and density, in the order of the comparison."""
-    found: dict[tuple[str, float | None], list[Row]] = {}
+def groups(rows: Sequence[Row]) -> dict[Group, list[Row]]:
+    """The finished rows by label, density and rival, in the order of the comparison."""
+    found: dict[Group, list[Row]] = {}
     for row in rows:
         if row["status"] == "done":
-            found.setdefault((row["label"], row["density_asked"]), []).append(row)
+            found.setdefault(_group(row), []).append(row)
     return found
+
+
+def _group(row: Row) -> Group:
+    return row["label"], row["density_asked"], row["rival"]
 
 
 def figures_of(group: Sequence[Row], dense: Sequence[Row]) -> dict[str, list[float]]:
@@ -135,6 +174,7 @@ def figures_of(group: Sequence[Row], dense: Sequence[Row]) -> dict[str, list[flo
         ],
         "val_accuracy": [100 * row["val_accuracy"] for row in group],
         "density": [row["density"] for row in group],
+        "epochs": [row["epochs"] for row in group],
     }
     for name in _RATIOS:
         base = fmean(row[name] for row in dense) if dense else math.nan
@@ -149,25 +189,27 @@ def means(rows: Sequence[Row], narrow: bool = False) -> list[tuple[str, ...]]:
     `narrow`, for a terminal, has fewer columns and deviations.
     """
     grouped = groups(rows)
-    dense = grouped.get((DENSE, None), [])
+    dense = grouped.get(TWINS, [])
     shown = {
         name: column for name, column in _COLUMNS.items() if not narrow or name not in _LEFT_OUT
     }
     lines = [("method", "seeds", *(title for title, _ in shown.values()))]
-    for (label, density), group in grouped.items():
+    for kind, group in grouped.items():
         found = figures_of(group, dense)
-        if label == DENSE:
+        if kind == TWINS:
             found["difference"] = []
         cells = [
             _spread(found[name], form, deviation=not narrow or name in _UNSTEADY)
             for name, (_, form) in shown.items()
         ]
-        lines.append((_named(label, density), str(len(group)), *cells))
+        lines.append((_named(kind), str(len(group)), *cells))
     return lines
 
 
-def _named(label: str, density: float | None) -> str:
-    return label if density is None else f"{label} {density:g}"
+def _named(kind: Group) -> str:
+    label, density, rival = kind
+    name = label if density is None else f"{label} {density:g}"
+    return f"{name} {rival}" if rival else name
 
 
 def _spread(values: Sequence[float], form: str, deviation: bool) -> str:
@@ -194,7 +236,7 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 
 def _cell(row: Row) -> str:
-    return f"{_named(row['label'], row['density_asked'])} seed {row['seed']}"
+    return f"{_named(_group(row))} seed {row['seed']}"
 
 
 def markdown(
@@ -210,10 +252,15 @@ def markdown(
     if waiting:
         parts.append(f"{waiting} of {len(rows)} cells have not been trained yet.")
     parts += [f"Failed: {line}." for line in failures(rows)]
+    left_out = [_cell(row) for row in rows if row["status"] == "left out"]
+    if left_out:
+        parts.append(f"Left out, because nothing was cut there: {'; '.join(left_out)}.")
     parts += comparison.notes
     if plot is not None:
         parts.append(f"![accuracy against MACs and latency]({plot})")
-    parts += [_LEGEND.rstrip(), _conditions(timing), "Single cells are in results.csv."]
+    rivals = _RIVALS_LEGEND if any(row["rival"] for row in rows) else ""
+    legend = (_LEGEND + rivals).rstrip()
+    parts += [legend, _conditions(timing), "Single cells are in results.csv."]
     parts.append(f"## Settings\n\n```yaml\n{comparison.text.rstrip()}\n```")
     return "\n\n".join(parts) + "\n"
 

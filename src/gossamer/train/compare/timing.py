@@ -8,7 +8,6 @@ The dense twins are timed against it as well: how far they are from 1 says how f
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +20,9 @@ from torch import nn
 from gossamer.measure.latency import compare_latency
 from gossamer.reading import read_json
 from gossamer.shrink.file import load
-from gossamer.train.compare.grid import DENSE, Cell
+from gossamer.train.compare.cell import DENSE, Cell
 from gossamer.train.models import build_model
+from gossamer.train.narrowing import digest
 
 __all__ = ["dense_ratio", "stored", "time_cells"]
 
@@ -38,7 +38,7 @@ def stored(file: Path, cells: Sequence[Cell]) -> dict[str, Any] | None:
 
 def _digest(cell: Cell) -> str:
     """Of the model file: a cell that was removed and trained anew has another network."""
-    return hashlib.sha256(cell.run.model.read_bytes()).hexdigest()
+    return digest(cell.run.model)
 
 
 def dense_ratio(cells: Sequence[Cell], timing: Mapping[str, Any]) -> float:
