@@ -411,6 +411,8 @@ class Prepared:
                 step.packed.data_ptr(), bias, *sizes, *offset, *bases, int(step.relu)
             )
         self._bases = ctypes.c_void_p * (given + len(outputs) + 1)
+        # Kept from call to call: fresh pages take longer to get than many a layer to compute.
+        self._spare: list[Tensor] = []
 
     def takes(self, inputs: Sequence[Tensor]) -> bool:
         """Whether these can be computed on."""
@@ -424,9 +426,13 @@ class Prepared:
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs; the caller has asked `takes`."""
         outputs = [torch.empty(shape) for shape in self._out_shapes]
-        memory = torch.empty(self._floats)
+        try:
+            memory = self._spare.pop()  # atomic: each of several threads has its own
+        except IndexError:
+            memory = torch.empty(self._floats)
         bases = self._bases(*(tensor.data_ptr() for tensor in (*inputs, *outputs, memory)))
         status = self._run(self._steps, len(self.steps), bases, torch.get_num_threads())
+        self._spare.append(memory)
         if status:
             raise ValueError(f"inputs of {self.shapes}: {_text(status)}")
         return outputs
