@@ -765,6 +765,18 @@ TABLE: dict[str, tuple[Row, ...]] = {
             2,
         ),
         cli_row(
+            "`--uniform_widths` without a network",
+            "train --method static --density 1 --uniform_widths",
+            ("uniform_widths", "say with widths_of which network's MACs"),
+            "give the slim network too, with `--widths_of`",
+        ),
+        cli_row(
+            "`--widths_of` something that is not there",
+            "train --method static --density 1 --widths_of FOLDER/run",
+            ("there is no file or run folder", "run"),
+            "give the folder of a run that has ended, or its model.safetensors",
+        ),
+        cli_row(
             "A method that there is not",
             "train --method chaze",
             ("no method is called 'chaze'", "did you mean 'chase'?"),
