@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gossamer.train.data import Batches, Split, crop_and_flip, load_data
+from gossamer.train.data import CACHE, Batches, Split, crop_and_flip, load_data
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -206,6 +206,70 @@ def test_nothing_is_written_elsewhere(tmp_path, monkeypatch):
     load_data(str(tmp_path / "set"))
     load_data(str(tmp_path / "train.parquet"))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# Decoded images that are kept
+
+
+def same(one, other):
+    parts = [(getattr(data, name)) for data in (one, other) for name in ("train", "val", "test")]
+    return one.classes == other.classes and all(
+        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+        for a, b in zip(parts[:3], parts[3:], strict=True)
+    )
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """An image folder, and the cache that is set."""
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    write_folder(tmp_path / "set" / "train", ["a", "b"], 10)
+    write_folder(tmp_path / "set" / "test", ["a", "b"], 3)
+    return tmp_path / "set", tmp_path / "cache"
+
+
+def test_local_sets_are_decoded_once_where_a_cache_is_named(cached, monkeypatch):
+    root, cache = cached
+    monkeypatch.delenv(CACHE)
+    plain = load_data(str(root))
+    assert not cache.exists()
+    monkeypatch.setenv(CACHE, str(cache))
+    first = load_data(str(root))
+    monkeypatch.setattr("gossamer.train.data._decode", None)  # whoever decodes again, fails
+    again = load_data(str(root))
+    assert same(plain, first)
+    assert same(plain, again)
+    other = load_data(str(root), seed=1, val_fraction=0.3)  # splits are drawn after decoding
+    assert len(other.val) == 6
+    assert len(list(cache.iterdir())) == 1  # one, and no temporary one
+
+
+def test_what_decides_about_the_pixels_has_its_own_file(cached):
+    root, cache = cached
+    load_data(str(root))
+    assert load_data(str(root), image_size=4).in_shape == (3, 4, 4)
+    assert len(list(cache.iterdir())) == 2
+    picture(999).save(root / "test" / "a" / "00.png")
+    changed = load_data(str(root))
+    assert len(list(cache.iterdir())) == 3
+    assert np.asarray(picture(999)).transpose(2, 0, 1).tobytes() in rows(changed.test)
+    picture(998).save(root / "test" / "a" / "99.png")
+    assert len(load_data(str(root)).test) == 7
+
+
+def test_only_local_sets_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    load_data("digits")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_cache_says_what_to_remove(cached):
+    root, cache = cached
+    load_data(str(root))
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged .*remove it"):
+        load_data(str(root))
 
 
 # Image folders

@@ -6,8 +6,11 @@ Mean and standard deviation are those of the training pixels, scaled to [0, 1].
 
 import difflib
 import glob
+import hashlib
 import io
+import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,16 +19,24 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gossamer.reading import reading
+from gossamer.shrink.file import write_whole
 
 if TYPE_CHECKING:
     from PIL import Image
 
     Row: TypeAlias = tuple[Image.Image, Any]
 
+CACHE = "GOSSAMER_CACHE"  # names a folder in which decoded images are kept
+
 _TEST_FRACTION = 0.2
+_KEPT_FORMAT = 1  # counts up when the same files come to be decoded otherwise
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 # What publishers call the splits, and what they are called here.
 _SPLITS = {
@@ -110,17 +121,28 @@ def load_data(
     set that has validation images but no test images is tested on the former.
     `image_size` resizes every image to that many pixels a side, bilinearly.
 
+    With the environment variable GOSSAMER_CACHE, a folder, local sets are decoded once: what came
+    of them is kept there until their files change, in size or in time of change.
+
     Raises:
         ValueError: nothing found there, no labels, images that cannot be read or differ in size.
+        OSError: the folder of GOSSAMER_CACHE cannot be written.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"got val_fraction={val_fraction}; wanted a fraction between 0 and 1")
     if image_size is not None and image_size < 1:
         raise ValueError(f"got image_size={image_size}; wanted a number of pixels, at least 1")
-    # `datasets` puts lock files into its cache folder even when it only streams.
-    with TemporaryDirectory(prefix="gossamer-") as scratch:
-        names, sources = _digits() if name_or_path == "digits" else _source(name_or_path, scratch)
-        classes, splits = _decode(sources, names, image_size)
+    kept = _kept(name_or_path, image_size)
+    if kept is not None and kept.exists():
+        classes, splits = _read_kept(kept)
+    else:
+        # `datasets` puts lock files into its cache folder even when it only streams.
+        with TemporaryDirectory(prefix="gossamer-") as scratch:
+            digits = name_or_path == "digits"
+            names, sources = _digits() if digits else _source(name_or_path, scratch)
+            classes, splits = _decode(sources, names, image_size)
+        if kept is not None:
+            _keep(kept, classes, splits)
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
     if "test" not in splits:
@@ -137,6 +159,45 @@ def load_data(
         mean=mean,
         std=std,
     )
+
+
+def _kept(name: str, image_size: int | None) -> Path | None:
+    """The file for the decoded images of a local set; None where they are not to be kept.
+
+    Its name is a digest of all that decides about the pixels: another set has another file.
+    """
+    import PIL
+
+    path = Path(name).expanduser()
+    if not os.environ.get(CACHE) or name == "digits" or not path.exists():
+        return None
+    builder, patterns = _local_files(path)
+    files = [
+        (split, file, os.stat(file).st_size, os.stat(file).st_mtime_ns)
+        for split, pattern in sorted(patterns.items())
+        for file in sorted(glob.glob(pattern, recursive=True))
+    ]
+    told = [_KEPT_FORMAT, PIL.__version__, builder, image_size, files]
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    return Path(os.environ[CACHE]).expanduser() / f"images-{digest[:32]}.safetensors"
+
+
+def _keep(file: Path, classes: tuple[str, ...], splits: Mapping[str, Split]) -> None:
+    tensors = {f"{name}.images": split.images for name, split in splits.items()}
+    tensors |= {f"{name}.labels": split.labels for name, split in splits.items()}
+    header = {"classes": json.dumps(classes)}
+    write_whole(file, lambda new: safetensors.torch.save_file(tensors, new, header))
+
+
+def _read_kept(file: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
+    with reading(str(file), "remove it"), safetensors.safe_open(file, framework="pt") as opened:
+        classes = json.loads(opened.metadata()["classes"])
+        names = {key.partition(".")[0] for key in opened.keys()}  # noqa: SIM118
+        splits = {
+            name: Split(opened.get_tensor(f"{name}.images"), opened.get_tensor(f"{name}.labels"))
+            for name in names
+        }
+    return tuple(classes), splits
 
 
 def _digits() -> tuple[None, dict[str, Iterable["Row"]]]:
