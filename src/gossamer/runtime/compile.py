@@ -463,7 +463,7 @@ def _density(layer: DenseLayer) -> float:
 
 def _is_hopeless(layer: DenseLayer) -> bool:
     g = layer.geometry
-    depthwise = g.maps and g.groups == g.inputs  # few weights anyway: but no change of layout
+    depthwise = g.maps and g.groups == g.inputs > 1  # few weights anyway: no change of layout
     return not depthwise and _density(layer) > _HOPELESS
 
 
