@@ -38,7 +38,7 @@ from gossamer.runtime.layers import (
     SparseLayer,
     has_onednn,
 )
-from gossamer.shrink.file import COMPILED_KEY, write_whole
+from gossamer.shrink.file import COMPILED_KEY, read_metadata, write_whole
 from gossamer.shrink.plan import Plan
 
 __all__ = ["load", "save"]
@@ -125,15 +125,7 @@ def load(
 
 
 def _header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no file {path}: look at the path") from error
-    except Exception as error:  # safetensors raises its own, untyped, error class
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({reason(error)}): save or copy it again"
-        ) from error
+    metadata = read_metadata(path)
     if COMPILED_KEY not in metadata:
         raise ValueError(
             f"{path} is no compiled model: files of gossamer.save are loaded with gossamer.load, "

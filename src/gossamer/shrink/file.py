@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gossamer.reading import reason
 from gossamer.shrink.plan import Plan
 
-__all__ = ["load", "read_plan", "save", "write_whole"]
+__all__ = ["COMPILED_KEY", "load", "read_metadata", "read_plan", "save", "write_whole"]
 
 _PLAN_KEY = "gossamer_plan"
 COMPILED_KEY = "gossamer_runtime"  # in the header of files of gossamer.runtime.save
@@ -90,17 +90,22 @@ def _about(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def read_plan(path: str | os.PathLike[str]) -> Plan:
-    """The plan in a file's header. Raises ValueError when the file is damaged or has none."""
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What a safetensors file says beside its tensors. Raises ValueError when it is damaged."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            return file.metadata() or {}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no model file {path}: look at the path") from error
     except Exception as error:  # safetensors raises its own, untyped, error class
         raise ValueError(
             f"{path} is not a whole safetensors file ({reason(error)}): save or copy it again"
         ) from error
+
+
+def read_plan(path: str | os.PathLike[str]) -> Plan:
+    """The plan in a file's header. Raises ValueError when the file is damaged or has none."""
+    metadata = read_metadata(path)
     if COMPILED_KEY in metadata:
         raise ValueError(
             f"{path} is a compiled model: load it with gossamer.runtime.load(path, model)"
