@@ -999,6 +999,13 @@ TABLE: dict[str, tuple[Row, ...]] = {
             **{"my.yaml": "methods: [set]\nepoch: 3\n"},
         ),
         cli_row(
+            "Rows to keep that are not of `gossamer compare`",
+            "compare FOLDER/my.yaml --keep FOLDER/my.csv --out FOLDER/out",
+            ("it has no column label", "leave out --keep"),
+            "give the results.csv of a comparison",
+            **{"my.yaml": "methods: [set]\n", "my.csv": "a,b\n1,2\n"},
+        ),
+        cli_row(
             "A model file that is not there",
             "shrink none.safetensors --out FOLDER/slim.safetensors",
             ("there is no file or run folder none.safetensors",),

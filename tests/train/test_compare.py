@@ -514,6 +514,102 @@ def test_finished_cells_are_not_run_again(compared, stand_in):
     assert said[-1] == "timing 3 networks, one at a time"
 
 
+def kept_of(comparison, folder):
+    """The results.csv of a comparison whose run folders are lost."""
+    file = Path(shutil.copy(comparison.folder / "results.csv", folder / "earlier.csv"))
+    shutil.rmtree(comparison.folder)
+    return file
+
+
+def test_rows_of_an_earlier_comparison_are_kept(compared, stand_in, tmp_path, capsys):
+    earlier = compared(densities=[0.2, 0.4], seeds=[0])
+    before = compare(earlier, jobs=1, say=lambda line: None)
+    file, said = kept_of(earlier, tmp_path), []
+    wider = compared(densities=[0.2, 0.3], seeds=[0])
+    found = compare(wider, jobs=1, keep=file, say=said.append)
+    assert said[:2] == [
+        f"2 rows of {file} are kept",
+        f"{file} has rows of other settings, which are left out: static",
+    ]
+    assert said[2].startswith("1 of 3 cells to train")
+    assert said[-1] == "timing 1 networks, one at a time"
+    assert found[:2] == before[:2]
+    assert [cell.config.folder.exists() for cell in wider.cells] == [False, False, True]
+    text = (wider.folder / "compare.md").read_text()
+    assert "2 runs were made earlier, and their rows have been kept" in text
+    assert "| static 0.2 | 1 |" in text
+    assert "| static 0.3 | 1 |" in text
+    # What has been trained here meanwhile comes before what is kept; all that is written is read.
+    words = ["compare", str(tmp_path / "tiny.yaml"), "--out", str(wider.folder)]
+    again = Path(shutil.copy(wider.folder / "results.csv", tmp_path / "again.csv"))
+    assert cli.main([*words, "--keep", str(again), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == found
+    assert printed.err == f"2 rows of {again} are kept\n"
+    # Nothing at all to do, in another folder.
+    comparison = read(tmp_path / "tiny.yaml", str(tmp_path / "elsewhere"))
+    assert compare(comparison, keep=again, say=lambda line: None) == found
+    assert not (comparison.folder / "cells").exists()
+    assert (comparison.folder / "accuracy.svg").exists()
+    assert "Latency is measured" not in (comparison.folder / "compare.md").read_text()
+
+
+def test_a_kept_row_stands_for_the_same_settings_only(compared):
+    named = {"method": "static", "label": "another name"}
+    one = compared(methods=["static"], rivals=["slim", "slim-wall-time", "uniform"]).cells
+    same = compared(methods=[named], rivals=["slim", "slim-wall-time", "uniform"], threads=3).cells
+    assert [cell.settings for cell in one] == [cell.settings for cell in same]
+    assert len({cell.settings for cell in one}) == len(one)
+    other = compared(methods=[{"method": "static", "distribution": "uniform"}], rivals=["slim"])
+    differ = {cell.settings for cell in one} & {cell.settings for cell in other.cells}
+    assert differ == {cell.settings for cell in one if cell.label == "dense"}
+    assert not {cell.settings for cell in compared(lr=0.1).cells} & {c.settings for c in one}
+
+
+def test_a_rival_that_is_missing_needs_its_cell_again(compared, stand_in, trained, tmp_path):
+    shutil.copytree(trained.cells[2].config.folder, stand_in / "chase")
+    settings = {"densities": [0.2], "seeds": [0], "methods": ["chase", "static"]}
+    rivals = ["slim", "slim-wall-time"]
+    earlier = compared(**settings, rivals=rivals)
+    compare(earlier, jobs=1, say=lambda line: None)
+    file, said = kept_of(earlier, tmp_path), []
+    found = compare(compared(**settings, rivals=rivals), keep=file, say=said.append)
+    assert said == [f"7 rows of {file} are kept"]
+    assert [row["status"] for row in found] == ["done"] * 5 + ["left out"] * 2
+    shutil.rmtree(earlier.folder)
+    more = compared(**settings, rivals=[*rivals, "uniform"])
+    compare(more, jobs=1, keep=file, say=said.append)
+    assert said[1] == f"5 rows of {file} are kept"  # all but those whose network is needed
+    missing = ["chase-d0.2-s0", "chase-d0.2-s0-uniform", "static-d0.2-s0"]
+    assert sorted(path.name for path in (more.folder / "cells").iterdir()) == missing
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"is damaged \(it has no column label\): give the results.csv that"),
+        ("label,rival\na,b\n", "it has no column method"),
+        (None, r"No such file"),
+    ],
+)
+def test_what_cannot_be_kept(text, message, compared, tmp_path):
+    file = tmp_path / "kept.csv"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises((ValueError, OSError), match=message):
+        compare(compared(), keep=file, say=lambda line: None)
+
+
+def test_a_kept_row_that_is_damaged(compared, stand_in, tmp_path):
+    comparison = compared(densities=[0.2], seeds=[0])
+    compare(comparison, jobs=1, say=lambda line: None)
+    file = kept_of(comparison, tmp_path)
+    accuracy = json.loads((stand_in / "run" / "summary.json").read_text())["slim"]["accuracy"]
+    file.write_text(file.read_text().replace(str(accuracy), "much"))
+    with pytest.raises(ValueError, match=r"earlier.csv is damaged \(.*'much'\): give the results"):
+        compare(comparison, keep=file, say=lambda line: None)
+
+
 def test_a_cell_that_fails_does_not_lose_the_rest(compared, stand_in, tmp_path, capsys):
     comparison = compared(densities=[0.2])
     fails(stand_in, "static-d0.2-s0", "gossamer: error: the disk is full")

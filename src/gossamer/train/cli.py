@@ -271,6 +271,12 @@ def _compare(argv: list[str]) -> int:
         metavar="N",
         help="cells to train at a time (default: cores / threads; 1 on a GPU)",
     )
+    parser.add_argument(
+        "--keep",
+        metavar="CSV",
+        help="results.csv of an earlier comparison: what has a row there, with the same settings, "
+        "is not trained again",
+    )
     parser.add_argument("--json", action="store_true", help="print the rows of all cells as JSON")
     wanted = parser.parse_args(argv)
     if wanted.jobs is not None and wanted.jobs < 1:
@@ -286,6 +292,7 @@ def _compare(argv: list[str]) -> int:
         rows = compare(
             comparison,
             jobs=wanted.jobs,
+            keep=None if wanted.keep is None else Path(wanted.keep),
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )
     except UsageError as error:
@@ -293,9 +300,12 @@ def _compare(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         return fail(1, error)
     except KeyboardInterrupt:
-        out = "" if wanted.out is None else f" --out {shlex.quote(wanted.out)}"
+        words = [shlex.quote(wanted.file)]
+        for name in ("out", "keep"):
+            if getattr(wanted, name) is not None:
+                words += [f"--{name}", shlex.quote(getattr(wanted, name))]
         print(
-            f"\ninterrupted; to go on:\n    gossamer compare {shlex.quote(wanted.file)}{out}",
+            f"\ninterrupted; to go on:\n    gossamer compare {' '.join(words)}",
             file=sys.stderr,
         )
         return 130

@@ -226,6 +226,16 @@ def check_unchanged(file: Path, config: TrainConfig, method: Method) -> None:
             )
 
 
+def telling(config: TrainConfig, method: Method) -> dict[str, Any]:
+    """Of the settings that `check_unchanged` compares, those that are not the default."""
+    default = to_dict(TrainConfig(), type(method)())
+    return {
+        key: value
+        for key, value in to_dict(config, method).items()
+        if key not in _FREE and value != default[key]
+    }
+
+
 def to_yaml(config: TrainConfig, method: Method) -> str:
     """A file that repeats the run: `gossamer train --config FILE --out ANOTHER`."""
     return yaml.safe_dump(to_dict(config, method), sort_keys=False)

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from gossamer.reading import read_json
 from gossamer.train.compare.cell import DENSE, Cell
 from gossamer.train.compare.grid import COPY, Comparison, read
+from gossamer.train.compare.kept import read_kept
 from gossamer.train.compare.plot import draw
 from gossamer.train.compare.processes import default_jobs, locked, log_of, train_cells
 from gossamer.train.compare.results import Row, failures, markdown, means, rows
@@ -31,7 +33,11 @@ _TRUSTED = 0.05  # latency ratios of equal networks that are further from 1 are 
 
 
 def compare(
-    comparison: Comparison, *, jobs: int | None = None, say: Callable[[str], None]
+    comparison: Comparison,
+    *,
+    jobs: int | None = None,
+    keep: Path | None = None,
+    say: Callable[[str], None],
 ) -> list[Row]:
     """Train what has not been trained, time everything, and write the results; returns their rows.
 
@@ -42,24 +48,28 @@ def compare(
     Args:
         comparison: What to compare.
         jobs: Cells to train at a time; None: cores divided by threads, or 1 on a GPU.
+        keep: A results.csv whose rows stand for the cells of the same settings: those are not
+            trained, nor timed again.
         say: Is told how it goes, a line at a time.
 
     Raises:
-        ValueError: A folder holds a run with other settings, or somebody else is at work there.
+        ValueError: A folder holds a run with other settings, somebody else is at work there, or
+            `keep` is no results.csv.
         OSError: A file could not be written; earlier files are still whole.
         KeyboardInterrupt: Ctrl-C or a signal to end; the next call goes on.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("comparisons are drawn with matplotlib: pip install 'gossamer[train]'")
     cells = comparison.cells
+    kept, notes = ({}, []) if keep is None else read_kept(keep, cells)
     jobs = jobs or default_jobs(comparison.threads, cells[0].config.device)
     with locked(comparison.folder) as lock:
         comparison.check_unchanged()
         folder = RunFolder(comparison.folder)
         folder.write_text(folder.path / COPY, comparison.text)
-        for note in comparison.notes:
+        for note in (*comparison.notes, *notes):
             say(note)
-        work = _Work(comparison, jobs, say)
+        work = _Work(comparison, jobs, kept, say)
         if work.todo:
             say(
                 f"{len(work.todo)} of {len(cells)} cells to train, {jobs} at a time on "
@@ -73,11 +83,22 @@ def compare(
 class _Work:
     """How far a comparison has come."""
 
-    def __init__(self, comparison: Comparison, jobs: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        comparison: Comparison,
+        jobs: int,
+        kept: Mapping[Cell, Row],
+        say: Callable[[str], None],
+    ) -> None:
         self.comparison = comparison
-        self.todo = [c for c in comparison.cells if not (c.finished or unneeded(c))]
+        self.todo = [
+            cell
+            for cell in comparison.cells
+            if not (cell in kept or cell.finished or unneeded(cell))
+        ]
         self.errors: dict[Cell, str] = {}
         self._jobs = jobs
+        self._kept = kept
         self._say = say
         self._ended = 0
         self._seconds = 0.0
@@ -126,15 +147,16 @@ class _Work:
         return self._write(timing)
 
     def _write(self, timing: Mapping[str, Any] | None) -> list[Row]:
-        """Write results.csv and compare.md; with the latencies, the plot too."""
+        """Write results.csv and compare.md; with latencies, the plot too."""
         folder = RunFolder(self.comparison.folder)
-        found = rows(self.comparison.cells, self.errors, timing)
+        found = rows(self.comparison.cells, self.errors, timing, self._kept)
         folder.write_rows(folder.path / "results.csv", found)
-        plot = None if timing is None else _PLOT
+        plot = _PLOT if any(row["latency_ratio"] is not None for row in found) else None
         if plot is not None:
             draw(folder.path / plot, self.comparison.name, found)
         folder.write_text(
-            folder.path / "compare.md", markdown(self.comparison, found, timing, plot)
+            folder.path / "compare.md",
+            markdown(self.comparison, found, timing, plot, kept=len(self._kept)),
         )
         return found
 

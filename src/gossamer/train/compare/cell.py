@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+from functools import cached_property
 
 from gossamer.method import Method
 from gossamer.reading import read_json, reading
-from gossamer.train.config import TrainConfig
+from gossamer.train.config import TrainConfig, telling
 from gossamer.train.folder import RunFolder
 
 __all__ = ["DENSE", "Cell"]
@@ -50,6 +53,17 @@ class Cell:
     def finished(self) -> bool:
         """Whether the run has been made to its end."""
         return self.run.summary.exists()
+
+    @cached_property
+    def settings(self) -> str:
+        """A digest of what the outcome depends on: equal cells of two comparisons have the same.
+
+        It does not depend on the label, on folders, nor on the data's content.
+        """
+        found = telling(self.config, self.method)
+        if self.rival:  # its network is told by the cell that it comes after
+            found["widths_of"] = [self.rival, *(other.settings for other in self.after)]
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
     def training(self) -> tuple[float, str]:
         """Seconds that the training and its validation took, and whose: "cpu" or "wall".

@@ -6,6 +6,7 @@ import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
+from types import MappingProxyType
 from typing import Any
 
 from gossamer.reading import read_json, reading
@@ -14,15 +15,27 @@ from gossamer.train.compare.grid import Comparison
 from gossamer.train.compare.rivals import unneeded
 from gossamer.train.report import HEADER, table
 
-__all__ = ["TWINS", "Row", "failures", "figures_of", "groups", "markdown", "means", "rows"]
+__all__ = [
+    "FIELDS",
+    "LEFT_OUT",
+    "TWINS",
+    "Row",
+    "failures",
+    "figures_of",
+    "groups",
+    "markdown",
+    "means",
+    "rows",
+]
 
 Row = dict[str, Any]
 Timing = Mapping[str, Any]
 Group = tuple[str, float | None, str]  # label, density, rival
 TWINS: Group = (DENSE, None, "")
+LEFT_OUT = "left out"  # the status of a rival of a network from which nothing was cut
 
-# Of results.csv, in order.
-_FIELDS = (
+# Columns of results.csv, in order.
+FIELDS = (
     *("label", "rival", "method", "model", "data", "density_asked", "seed", "status"),
     *("accuracy", "val_accuracy", "density", "channel_sparsity", "nonzeros", "bytes_on_disk"),
     *("macs_executed", "macs_sparse", "macs_training"),
@@ -35,6 +48,7 @@ _FIELDS = (
         "torch",
         "machine",
         "threads",
+        "settings",
         "folder",
         "error",
     ),
@@ -57,8 +71,8 @@ _COLUMNS = {
     **{name: (title, "{:.3f}") for name, title in _RATIOS.items()},
     "latency": ("latency", "{:.3f}"),
 }
-# Where the table must be narrow.
-_LEFT_OUT = ("val_accuracy", "density", "epochs", "nonzeros", "train_seconds")
+# Not shown where the table must be narrow.
+_WIDE = ("val_accuracy", "density", "epochs", "nonzeros", "train_seconds")
 _UNSTEADY = ("accuracy", "latency")  # what is never told without its deviation
 _LEGEND = """\
 - method: with the density that was asked for; seeds: how many runs. What follows is their mean +-
@@ -87,7 +101,10 @@ _RIVALS_LEGEND = """\
 
 
 def rows(
-    cells: Iterable[Cell], errors: Mapping[Cell, str], timing: Timing | None = None
+    cells: Iterable[Cell],
+    errors: Mapping[Cell, str],
+    timing: Timing | None = None,
+    kept: Mapping[Cell, Row] = MappingProxyType({}),
 ) -> list[Row]:
     """One row per cell, as in results.csv; what is not known yet is empty.
 
@@ -95,13 +112,14 @@ def rows(
         cells: All cells of the comparison.
         errors: Why cells have failed.
         timing: What `time_cells` returned.
+        kept: Rows of earlier comparisons, which stay as they are.
     """
-    return [_row(cell, errors.get(cell, ""), timing) for cell in cells]
+    return [kept.get(cell) or _row(cell, errors.get(cell, ""), timing) for cell in cells]
 
 
 def _row(cell: Cell, error: str, timing: Timing | None) -> Row:
     config = cell.config
-    row: Row = dict.fromkeys(_FIELDS) | {
+    row: Row = dict.fromkeys(FIELDS) | {
         "label": cell.label,
         "rival": cell.rival,
         "method": DENSE if cell.label == DENSE or cell.rival else config.method,
@@ -111,13 +129,14 @@ def _row(cell: Cell, error: str, timing: Timing | None) -> Row:
         "seed": cell.seed,
         "status": _status(cell, error),
         "threads": config.threads,
+        "settings": cell.settings,
         "folder": str(config.folder),
         "error": error,
     }
     if cell.finished:
         summary = read_json(cell.run.summary, "remove its folder to train it anew")
         slim, machine = summary["slim"], summary["machine"]
-        row |= {name: slim[name] for name in _FIELDS if name in slim and name != "latency_ms"}
+        row |= {name: slim[name] for name in FIELDS if name in slim and name != "latency_ms"}
         row |= {
             **_last_epoch(cell),
             "density": summary["sparse"]["density"],  # of all weights, not of those left
@@ -139,7 +158,7 @@ def _status(cell: Cell, error: str) -> str:
         return "done"
     if error:
         return "failed"
-    return "left out" if unneeded(cell) else "waiting"
+    return LEFT_OUT if unneeded(cell) else "waiting"
 
 
 def _last_epoch(cell: Cell) -> dict[str, float]:
@@ -190,9 +209,7 @@ def means(rows: Sequence[Row], narrow: bool = False) -> list[tuple[str, ...]]:
     """
     grouped = groups(rows)
     dense = grouped.get(TWINS, [])
-    shown = {
-        name: column for name, column in _COLUMNS.items() if not narrow or name not in _LEFT_OUT
-    }
+    shown = {name: column for name, column in _COLUMNS.items() if not narrow or name not in _WIDE}
     lines = [("method", "seeds", *(title for title, _ in shown.values()))]
     for kind, group in grouped.items():
         found = figures_of(group, dense)
@@ -240,9 +257,16 @@ def _cell(row: Row) -> str:
 
 
 def markdown(
-    comparison: Comparison, rows: Sequence[Row], timing: Timing | None, plot: str | None
+    comparison: Comparison,
+    rows: Sequence[Row],
+    timing: Timing | None,
+    plot: str | None,
+    kept: int = 0,
 ) -> str:
-    """compare.md: the table, what its words mean, what failed, the conditions, the settings."""
+    """compare.md: the table, what its words mean, what failed, the conditions, the settings.
+
+    `kept` is how many of the rows are of earlier comparisons.
+    """
     waiting = sum(row["status"] == "waiting" for row in rows)
     parts = [
         f"# {rows[0]['model']} on {rows[0]['data']}: {comparison.name}",
@@ -252,7 +276,7 @@ def markdown(
     if waiting:
         parts.append(f"{waiting} of {len(rows)} cells have not been trained yet.")
     parts += [f"Failed: {line}." for line in failures(rows)]
-    left_out = [_cell(row) for row in rows if row["status"] == "left out"]
+    left_out = [_cell(row) for row in rows if row["status"] == LEFT_OUT]
     if left_out:
         parts.append(f"Left out, because nothing was cut there: {'; '.join(left_out)}.")
     parts += comparison.notes
@@ -260,20 +284,30 @@ def markdown(
         parts.append(f"![accuracy against MACs and latency]({plot})")
     rivals = _RIVALS_LEGEND if any(row["rival"] for row in rows) else ""
     legend = (_LEGEND + rivals).rstrip()
-    parts += [legend, _conditions(timing), "Single cells are in results.csv."]
+    parts += [legend, _conditions(timing, kept), "Single cells are in results.csv."]
     parts.append(f"## Settings\n\n```yaml\n{comparison.text.rstrip()}\n```")
     return "\n\n".join(parts) + "\n"
 
 
-def _conditions(timing: Timing | None) -> str:
-    if timing is None:
-        return "Latency is measured when all cells have been trained."
-    found = timing["conditions"]
-    return (
-        f"Latency: after all training, one network at a time, each in turns with the dense "
-        f"network: median of {found['rounds']} rounds; {found['mode']} PyTorch {found['torch']}, "
-        f"{found['dtype']}, batch {found['batch']}, {found['memory_format']}, {found['threads']} "
-        f"threads, {found['gpu'] or found['cpu']}. The ratio of the dense twins, which should be "
-        "1, says how far to trust the others. The latencies in the cells' own folders were taken "
-        "while other cells trained."
-    )
+def _conditions(timing: Timing | None, kept: int) -> str:
+    said = []
+    if timing is not None:
+        found = timing["conditions"]
+        said.append(
+            f"Latency: after all training, one network at a time, each in turns with the dense "
+            f"network: median of {found['rounds']} rounds; {found['mode']} PyTorch "
+            f"{found['torch']}, {found['dtype']}, batch {found['batch']}, "
+            f"{found['memory_format']}, {found['threads']} threads, "
+            f"{found['gpu'] or found['cpu']}. The ratio of the dense twins, which should be 1, "
+            "says how far to trust the others. The latencies in the cells' own folders were taken "
+            "while other cells trained."
+        )
+    elif not kept:
+        said.append("Latency is measured when all cells have been trained.")
+    if kept:
+        said.append(
+            f"{kept} runs were made earlier, and their rows have been kept: trained and timed "
+            "then, each in turns with the dense network, by the versions and on the machine that "
+            "results.csv names."
+        )
+    return " ".join(said)
