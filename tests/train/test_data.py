@@ -480,6 +480,14 @@ def test_crop_and_flip_equals_its_slow_twin(shape, padding):
     assert torch.equal(got, crop_and_flip_one_by_one(images, top, left, flipped, padding))
 
 
+@pytest.mark.parametrize(("side", "padding"), [(4, 1), (8, 1), (28, 4), (32, 4), (224, 28)])
+def test_crops_move_by_an_eighth_of_the_image(side, padding):
+    split = Split(torch.zeros(1, 3, side, 2 * side, dtype=torch.uint8), torch.zeros(1).long())
+    scale = {"mean": torch.zeros(3), "std": torch.ones(3)}
+    assert Batches(split, batch_size=1, augment=True, **scale).crop_padding == padding
+    assert Batches(split, batch_size=1, crop_padding=0, **scale).crop_padding == 0
+
+
 def test_augmentation_draws_every_crop_and_both_mirrors():
     # One bright pixel in the middle tells where each image went; its neighbour, which way round.
     image = torch.zeros(1, 1, 7, 7, dtype=torch.uint8)

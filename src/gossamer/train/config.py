@@ -63,7 +63,8 @@ class TrainConfig:
         schedule: Learning rate after the warm-up: "cosine" to 0, "constant", or "multistep".
         milestones: Fractions of the run at which "multistep" divides the rate by 10.
         label_smoothing: Of the cross entropy.
-        augment: Crop training images at random, padded by 4 pixels; with `flip`, mirror half.
+        augment: Crop training images at random, padded by an eighth of their shorter side (4
+            pixels of 32); with `flip`, mirror half.
         flip: Whether `augment` mirrors images; no for digits and letters.
         precision: "32", or "bf16": autocast in training, weights stay in 32 bits.
         channels_last: Memory format of convolutions; faster with bf16 and on GPUs.

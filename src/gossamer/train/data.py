@@ -413,8 +413,9 @@ class Batches:
     """The batches (x, y) of a split: x (b, c, h, w) float32, normalised; y (b,) int64.
 
     The split lies on `device`, 8-bit as it is. `augment` crops at random from the image padded by
-    `crop_padding` pixels (black: zero before normalisation) and, with `flip`, mirrors every other
-    image; leave `flip` off where mirror images mean something else (digits).
+    `crop_padding` pixels (black: zero before normalisation; None: an eighth of the shorter side,
+    the usual 4 of 32) and, with `flip`, mirrors every other image; leave `flip` off where mirror
+    images mean something else (digits).
 
     All randomness is drawn at the start of an epoch from a generator seeded by (seed, epoch): the
     epoch set by `set_epoch` gives the same batches on any device, whatever was iterated before.
@@ -433,7 +434,7 @@ class Batches:
         shuffle: bool = False,
         augment: bool = False,
         flip: bool = True,
-        crop_padding: int = 4,
+        crop_padding: int | None = None,
         seed: int = 0,
         drop_last: bool = False,
         device: str | torch.device = "cpu",
@@ -445,6 +446,8 @@ class Batches:
                 f"got mean {tuple(mean.shape)} and std {tuple(std.shape)} for images of "
                 f"{channels} channels; wanted ({channels},): pass those of the same ImageData"
             )
+        if crop_padding is None:
+            crop_padding = max(1, round(min(split.images.shape[2:]) / 8))
         if batch_size < 1 or crop_padding < 0 or seed < 0:
             raise ValueError(
                 f"got batch_size={batch_size}, crop_padding={crop_padding}, seed={seed}; wanted "
