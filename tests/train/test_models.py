@@ -49,6 +49,19 @@ def test_dense_networks_have_the_published_size(name, num_classes, in_shape, num
     assert macs(model, in_shape) == num_macs
 
 
+@pytest.mark.parametrize(("width", "num_weights"), [(1.0, 210_944), (2.0, 815_104)])
+def test_the_lstm_has_the_published_size_and_reads_row_by_row(width, num_weights):
+    torch.manual_seed(0)
+    model = build_model("lstm", num_classes=10, in_shape=MNIST, width=width)
+    matrices = [p for name, p in model.lstm.named_parameters() if name.startswith("weight")]
+    assert sum(map(torch.numel, matrices)) == num_weights
+    images = torch.randn(2, 3, 5, 7)
+    model = build_model("lstm", num_classes=4, in_shape=(3, 5, 7), width=0.1)
+    rows = torch.stack([torch.cat([*images[:, :, row].unbind(1)], 1) for row in range(5)], 1)
+    _, (last, _) = model.lstm(rows)
+    torch.testing.assert_close(model(images), model.fc(last[-1]))
+
+
 @pytest.mark.parametrize("name", model_names())
 def test_every_model_trains_on_a_small_input(name):
     in_shape = (1, 16, 16) if name.startswith("lenet") else CIFAR

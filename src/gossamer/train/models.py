@@ -63,7 +63,7 @@ def build_model(
 def draw_again(model: nn.Module) -> None:
     """Draw the weights of a built-in network anew, as `build_model` does, by its widths now."""
     for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.LSTM)):
             module.reset_parameters()
     _start_convolutions(model)
 
@@ -227,6 +227,30 @@ def _lenet5(num_classes: int, in_shape: Shape, width: float) -> nn.Module:
             fc2=nn.Linear(hidden, num_classes),
         )
     )
+
+
+class RowLSTM(nn.Module):
+    """Two LSTM layers that read an image row by row, and a classifier of the last output.
+
+    (b, c, h, w) -> (b, num_classes); a row is c * w numbers. With 128 and 256 units these are DST's
+    LSTM-a and LSTM-b (2005.06870).
+    """
+
+    def __init__(self, num_classes: int, in_shape: Shape, units: int):
+        super().__init__()
+        c, _, w = in_shape
+        self.lstm = nn.LSTM(c * w, units, num_layers=2, batch_first=True)
+        self.fc = nn.Linear(units, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (b, num_classes) for `x` (b, c, h, w)."""
+        outputs, _ = self.lstm(x.transpose(1, 2).flatten(2))
+        logits: Tensor = self.fc(outputs[:, -1])
+        return logits
+
+
+def _lstm(num_classes: int, in_shape: Shape, width: float) -> nn.Module:
+    return RowLSTM(num_classes, in_shape, _scaled(128, width))
 
 
 def _vgg(plan: tuple[int | str, ...], num_classes: int, in_shape: Shape, width: float) -> nn.Module:
@@ -412,6 +436,7 @@ def _vgg_plan(*depths: int) -> tuple[int | str, ...]:
 _BUILDERS: dict[str, Builder] = {
     "lenet-300-100": _lenet_300_100,
     "lenet5": _lenet5,
+    "lstm": _lstm,
     "vgg-small": partial(_vgg, (32, 32, "M", 64, 64, "M", 128, 128)),
     "vgg16": partial(_vgg, _vgg_plan(2, 2, 3, 3, 3)),
     "vgg19": partial(_vgg, _vgg_plan(2, 2, 4, 4, 4)),
