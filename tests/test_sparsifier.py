@@ -136,6 +136,28 @@ def test_include_and_exclude() -> None:
     assert type(model.classifier) is nn.Linear
 
 
+def test_weights_that_no_method_makes_sparse_are_listed() -> None:
+    model = nn.ModuleDict(
+        {
+            "encoder": nn.TransformerEncoderLayer(8, 2, 16),
+            "cross": nn.MultiheadAttention(8, 2, kdim=4, vdim=6, add_bias_kv=True),
+            "memory": nn.LSTM(8, 4),
+            "up": nn.ConvTranspose2d(8, 4, 2),
+            "table": nn.Embedding(5, 8),
+        }
+    )
+    static = gossamer.Sparsifier(copy.deepcopy(model), gossamer.Static(density=0.5), total_steps=1)
+    layers = ["cross.out_proj", "encoder.linear1", "encoder.linear2", "encoder.self_attn.out_proj"]
+    assert sorted(site.name for site in static.sites) == layers
+    attention = [f"cross.{name}_proj_weight" for name in "qkv"]
+    attention += ["encoder.self_attn.in_proj_weight"]
+    recurrent = ["memory.weight_ih_l0", "memory.weight_hh_l0"]
+    assert set(static.left_dense) == {*attention, *recurrent, "up.weight"}
+    assert "make query, key and value linear layers" in static.left_dense[attention[0]]
+    dst = gossamer.Sparsifier(model, gossamer.DST(), total_steps=1)
+    assert set(dst.left_dense) == {*attention, "up.weight"}
+
+
 def test_revision_grows_when_supports_or_widths_change() -> None:
     model = net("vgg")
     sparsifier = _sparsifier(model, CHANNELS)

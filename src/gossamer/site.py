@@ -18,9 +18,19 @@ from gossamer.ops import pooled
 from gossamer.sharding import placed, whole
 from gossamer.sparse_weight import Masked, SparseWeight
 
-__all__ = ["ChannelPool", "Place", "Site", "find_layers", "fill_flat_weights", "in_places"]
+__all__ = [
+    "ChannelPool",
+    "Place",
+    "Site",
+    "fill_flat_weights",
+    "find_layers",
+    "in_places",
+    "unsupported",
+]
 
 _SPARSIFIABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class Place(NamedTuple):
@@ -251,6 +261,30 @@ def find_layers(
     return chosen
 
 
+def unsupported(model: nn.Module, recurrent: bool = False) -> dict[str, str]:
+    """Why weights of layers that multiply stay dense, whatever the method, by parameter name.
+
+    Args:
+        model: A plain model.
+        recurrent: Whether the method makes the matrices of recurrent layers sparse.
+    """
+    reasons: dict[type | tuple[type, ...], str] = {
+        nn.MultiheadAttention: "belongs to an nn.MultiheadAttention: make query, key and value "
+        "linear layers of their own to have them sparse",
+        _TRANSPOSED: "belongs to a transposed convolution, which no method makes sparse",
+    }
+    if not recurrent:
+        reasons[_RECURRENT] = "belongs to a recurrent layer, which of all methods DST makes sparse"
+    return {
+        f"{name}.{tensor}".lstrip("."): reason
+        for name, module in model.named_modules()
+        for kind, reason in reasons.items()
+        if isinstance(module, kind)
+        for tensor, weight in module.named_parameters(recurse=False)
+        if weight.dim() > 1 and not tensor.startswith("bias")
+    }
+
+
 def fill_flat_weights(module: nn.RNNBase) -> None:
     """Have a parametrized recurrent layer compute with its effective weights.
 
@@ -281,7 +315,7 @@ def _places(model: nn.Module, recurrent: bool) -> Iterator[tuple[str, Place]]:
     for name, module in model.named_modules():
         if isinstance(module, _SPARSIFIABLE):
             yield name, Place(module, "weight")
-        elif recurrent and isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        elif recurrent and isinstance(module, _RECURRENT):
             cell = ["weight_ih", "weight_hh"]
             names = module._flat_weights_names if isinstance(module, nn.RNNBase) else cell
             for tensor in names:

@@ -33,7 +33,15 @@ from gossamer.sharding import is_sharded, local, placed, whole
 from gossamer.shrink.plan import Plan
 from gossamer.shrink.slice import Undo
 from gossamer.shrink.verify import cut_verified, outputs, probe, try_cuts
-from gossamer.site import ChannelPool, Place, Site, fill_flat_weights, find_layers, in_places
+from gossamer.site import (
+    ChannelPool,
+    Place,
+    Site,
+    fill_flat_weights,
+    find_layers,
+    in_places,
+    unsupported,
+)
 from gossamer.sparse_weight import Masked, zero_after_load
 
 __all__ = ["Sparsifier"]
@@ -93,7 +101,7 @@ class Sparsifier:
         prices: What a network of the pools' widths costs, in the units that the method asks for.
         refused: Cuts that were not made because the network would have become slower, in words.
         collapsed: Layers that fell below their floor, when and why, in words.
-        left_dense: Layers that the method cannot make sparse, with the reason.
+        left_dense: Layers and weights that the method cannot make sparse, with the reason.
         plan: What has been cut so far.
         revision: Grows by one whenever supports or widths change.
 
@@ -125,7 +133,8 @@ class Sparsifier:
         if cut not in ("during", "end"):
             raise ValueError(f'cut={cut!r}: choose "during" or "end"')
         found = find_layers(model, include, exclude, method.recurrent)
-        layers, self.left_dense = _fitting(method, found, include)
+        layers, left_dense = _fitting(method, found, include)
+        self.left_dense = left_dense | unsupported(model, method.recurrent)
         shapes = [in_places(place.weight.shape, method.block) for place in layers.values()]
         counts = method.budget(shapes)
         if example is not None:
