@@ -451,6 +451,19 @@ def test_thresholds_have_a_decay_of_their_own(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_gradients_of_thresholds_can_be_clipped(tmp_path):
+    def density(name, **clip):
+        config = tiny(tmp_path / name, method="dst", epochs=1, threshold_decay=0.0, **clip)
+        return train(config, gossamer.DST(alpha=0.01))["sparse"]["density"]
+
+    free = density("free")
+    assert free < 0.95
+    assert density("wide", threshold_clip=1e6) == free
+    assert density("held", threshold_clip=1e-9) > 0.9999
+    with pytest.raises(ValueError, match="threshold_clip=0.1: static learns no thresholds"):
+        train(tiny(tmp_path / "run", method="static", threshold_clip=0.1), gossamer.Static())
+
+
 @pytest.mark.parametrize(
     ("dense_loss", "factor"),
     [(1e-3, 1.05), pytest.param(1e3, 0.995, marks=pytest.mark.slow)],
@@ -656,6 +669,7 @@ def test_a_dense_checkpoint_of_another_network_is_named(finished):
         ({"threads": 0}, "threads=0"),
         ({"weight_decay": -1.0}, "weight_decay"),
         ({"threshold_decay": -1.0}, "threshold_decay=-1.0: give at least 0"),
+        ({"threshold_clip": 0.0}, "threshold_clip=0.0: give a norm above 0"),
         ({"method": "chaze"}, "did you mean 'chase'"),
     ],
 )

@@ -58,6 +58,8 @@ class TrainConfig:
         momentum: Of sgd.
         weight_decay: On all parameters.
         threshold_decay: Weight decay of learned thresholds; None: as of all parameters.
+        threshold_clip: Norm to which the gradients of all learned thresholds together are clipped;
+            None: not at all. It keeps DST's where they learn (docs/choose.md).
         optimizer: "sgd" (with momentum) or "adamw".
         warmup_epochs: Epochs in which the learning rate rises to `lr`.
         schedule: Learning rate after the warm-up: "cosine" to 0, "constant", or "multistep".
@@ -101,6 +103,7 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     threshold_decay: float | None = None
+    threshold_clip: float | None = None
     optimizer: Literal["sgd", "adamw"] = "sgd"
     warmup_epochs: int = 0
     schedule: Literal["cosine", "constant", "multistep"] = "cosine"
@@ -146,6 +149,8 @@ class TrainConfig:
         for name in ("weight_decay", "threshold_decay", "checkpoint_minutes"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 0")
+        if self.threshold_clip is not None and self.threshold_clip <= 0:
+            raise ValueError(f"threshold_clip={self.threshold_clip}: give a norm above 0")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs={self.warmup_epochs} of {self.epochs} epochs leaves none to train "

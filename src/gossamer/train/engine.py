@@ -252,6 +252,12 @@ class _Classifier(LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradients of learned thresholds, where that is asked for."""
+        if self.settings.threshold_clip is not None and self._sparsifier is not None:
+            thresholds = self._sparsifier.parameter_groups()[1]["params"]
+            nn.utils.clip_grad_norm_(thresholds, self.settings.threshold_clip)
+
     def on_train_start(self) -> None:
         """Tell the watcher what is coming; note what training starts from, or go on within."""
         epochs, steps = self.settings.epochs, len(self._batches)

@@ -190,11 +190,12 @@ class _Run:
         config, folder = self.config, self.folder
         model = self._model()
         sparsifier = self._sparsifier(model)
-        if config.threshold_decay is not None and len(sparsifier.parameter_groups()) == 1:
-            raise ValueError(
-                f"threshold_decay={config.threshold_decay}: {config.method} learns no thresholds: "
-                "leave it out"
-            )
+        for name in ("threshold_decay", "threshold_clip"):
+            value = getattr(config, name)
+            if value is not None and len(sparsifier.parameter_groups()) == 1:
+                raise ValueError(
+                    f"{name}={value}: {config.method} learns no thresholds: leave it out"
+                )
         # All that can be wrong with the settings was found by now: an old run may go.
         if self.overwrite:
             folder.clear()

@@ -13,8 +13,8 @@ from gossamer.train.folder import RunFolder
 __all__ = ["dense_losses"]
 
 # What may differ between the two runs: it changes no loss of a dense network, or only by chance.
-_FREE = {"method", "threshold_decay", "seed", "cut", "include", "exclude", "keep_channels"}
-_FREE |= {"precision", "channels_last", "threads", "device", "baseline", "out"}
+_FREE = {"method", "threshold_decay", "threshold_clip", "seed", "cut", "include", "exclude"}
+_FREE |= {"keep_channels", "precision", "channels_last", "threads", "device", "baseline", "out"}
 
 
 def dense_losses(path: Path, config: TrainConfig, share: float) -> tuple[float, ...]:

@@ -34,7 +34,10 @@ _DECIDED = {
     "seed": "list seeds under `seeds`",
     "density": "list densities under `densities`, or give one to the entry of a method",
     "baseline": "the dense twin is always trained, once per seed",
-    "threshold_decay": "give it to the entries of methods that learn thresholds",
+    **dict.fromkeys(
+        ("threshold_decay", "threshold_clip"),
+        "give it to the entries of methods that learn thresholds",
+    ),
     "widths_of": "give it to an entry; dense networks of the slim ones' widths are `rivals`",
     "uniform_widths": "give it to an entry, with widths_of; or list `rivals: [uniform]`",
 }
