@@ -44,9 +44,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "narrow": {"channels", "example", "prices", "widths"},
     "prices": PURE | CORE | {"channels", "measure", "shrink"},
     "latency": PURE | CORE | {"channels", "measure", "prices", "shrink"},
+    "fitting": PURE | CORE | {"channels", "latency", "parallel", "prices", "shrink"},
     "sparsifier": PURE
     | CORE
-    | {"channels", "collapse", "bake", "latency", "parallel", "prices", "shrink"},
+    | {"channels", "collapse", "bake", "fitting", "latency", "parallel", "shrink"},
     "testing": PURE | CORE | {"bake", "sparsifier"},
     "registry": PURE | CORE | {"methods"},
     "integrations": PURE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from gossamer.sharding import is_sharded
 from gossamer.site import Site
 
-__all__ = ["DataParallel", "check_agreement", "fingerprint", "world_size"]
+__all__ = ["DataParallel", "check_agreement", "fingerprint", "from_first_rank", "world_size"]
+
+T = TypeVar("T")
 
 _PRIME = 2654435761  # of Fibonacci hashing: spreads neighbouring positions
 
@@ -22,6 +24,16 @@ _PRIME = 2654435761  # of Fibonacci hashing: spreads neighbouring positions
 def world_size() -> int:
     """Processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def from_first_rank(measure: Callable[[], T]) -> T:
+    """What the first process measures: no two clocks agree, and all processes must."""
+    if world_size() == 1:
+        return measure()
+    found = [measure() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    assert found[0] is not None
+    return found[0]
 
 
 def fingerprint(support: Tensor) -> Tensor:

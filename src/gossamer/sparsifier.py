@@ -4,49 +4,35 @@ and the plan of what was cut; masks and thresholds live in the model.
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import hashlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from gossamer import bake
-from gossamer.channels import Change, ChannelGroup, find_groups
+from gossamer.channels import Change
 from gossamer.collapse import Guard, OnCollapse
-from gossamer.example import Example, map_tensors
+from gossamer.example import Example
+from gossamer.fitting import attach, eligible, fitting, on_device, priced
 from gossamer.latency import LatencyTable, Milliseconds
-from gossamer.latency import latency as measure_latency
-from gossamer.method import Method, Price, Progress, SupportChange
+from gossamer.method import Method, Progress, SupportChange
 from gossamer.ops import spread
-from gossamer.parallel import DataParallel, check_agreement, world_size
-from gossamer.prices import Bytes, Macs
+from gossamer.parallel import DataParallel, check_agreement, from_first_rank, world_size
 from gossamer.reading import reading, short, whole_number
 from gossamer.sharding import is_sharded, local, placed, whole
 from gossamer.shrink.plan import Plan
 from gossamer.shrink.slice import Undo
-from gossamer.shrink.verify import cut_verified, outputs, probe, try_cuts
-from gossamer.site import (
-    ChannelPool,
-    Place,
-    Site,
-    fill_flat_weights,
-    find_layers,
-    in_places,
-    unsupported,
-)
-from gossamer.sparse_weight import Masked, zero_after_load
+from gossamer.shrink.verify import cut_verified, outputs, probe
+from gossamer.site import ChannelPool, in_places
+from gossamer.sparse_weight import Masked
 
 __all__ = ["Sparsifier"]
-
-T = TypeVar("T")
 
 _STATE_FORMAT = 1
 _LATER = ("locked", "refused", "collapse")  # a state that was saved before these is as good
@@ -132,16 +118,14 @@ class Sparsifier:
             )
         if cut not in ("during", "end"):
             raise ValueError(f'cut={cut!r}: choose "during" or "end"')
-        found = find_layers(model, include, exclude, method.recurrent)
-        layers, left_dense = _fitting(method, found, include)
-        self.left_dense = left_dense | unsupported(model, method.recurrent)
+        layers, self.left_dense = fitting(model, method, include, exclude)
         shapes = [in_places(place.weight.shape, method.block) for place in layers.values()]
         counts = method.budget(shapes)
         if example is not None:
-            example = _on_device(example, model)
-        groups, self.locked = _eligible(model, method, layers, example, keep_channels)
+            example = on_device(example, model)
+        groups, self.locked = eligible(model, method, layers, example, keep_channels)
         method.validate({group.name: group.channels for group in groups}, total_steps)
-        self.prices = _prices(model, method, groups, example, latency)
+        self.prices = priced(model, method, groups, example, latency)
         method.check_channels(groups, self.prices)
 
         self.model = model
@@ -164,7 +148,7 @@ class Sparsifier:
 
         generators = [self._generator(f"start/{name}") for name in layers]
         self.sites = [
-            _attach(name, place, method, count, generator)
+            attach(name, place, method, count, generator)
             for (name, place), count, generator in zip(
                 layers.items(), counts, generators, strict=True
             )
@@ -469,7 +453,7 @@ class Sparsifier:
     def _check_runs(self, plan: Plan) -> None:
         """Run what the plan made of the model, where there is an example and something was cut."""
         if len(plan) and self._example is not None:
-            outputs(self.model, _on_device(self._example, self.model))
+            outputs(self.model, on_device(self._example, self.model))
 
     # ------------------------------------------------------------------ inside a step
 
@@ -611,7 +595,7 @@ class Sparsifier:
             widths = [n - len(gone) for n, gone in zip(live, removals, strict=True)]
             if widths == live:
                 return nothing
-            off = clock.check(widths, _from_first_rank)
+            off = clock.check(widths, from_first_rank)
             if abs(off - 1) < _NOISE or attempt == _TIMES_MEASURED - 1:
                 break
             again = self.method.removals(self.pools, progress, self.prices)
@@ -648,7 +632,7 @@ class Sparsifier:
             for pool in self.pools
             if pool.name not in self.locked
         ]
-        example = _on_device(self._example, self.model)
+        example = on_device(self._example, self.model)
         made = cut_verified(self.model, removals, example, optimizer)
         self.locked.update(made.refused)
         for cuts in made.batches:
@@ -677,155 +661,6 @@ def _check_kinds(model: object, method: object, **patterns: object) -> None:
     for option, given in patterns.items():
         if isinstance(given, str):
             raise TypeError(f"{option}={given!r} is text: give a list of patterns, [{given!r}]")
-
-
-def _on_device(example: Example, model: nn.Module) -> Example:
-    device = next(model.parameters()).device
-    moved: Example = map_tensors(example, lambda tensor: tensor.to(device))
-    return moved
-
-
-def _from_first_rank(measure: Callable[[], T]) -> T:
-    """What the first process measures: no two clocks agree, and all processes must."""
-    if world_size() == 1:
-        return measure()
-    found = [measure() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    assert found[0] is not None
-    return found[0]
-
-
-def _prices(
-    model: nn.Module,
-    method: Method,
-    groups: Sequence[ChannelGroup],
-    example: Example | None,
-    table: LatencyTable | None,
-) -> dict[str, Price]:
-    """What the network costs at other widths of its groups, in the units the method asks for."""
-    prices: dict[str, Price] = {}
-    if table is not None and "latency" not in method.priced_in:
-        raise ValueError(
-            f"latency= is given, but {type(method).__name__} does not follow it: leave it out, or "
-            "have the method ask for it (max_latency_ms, channel_score_per='latency')"
-        )
-    if not method.priced_in:
-        return prices
-    assert example is not None
-    if "macs" in method.priced_in:
-        prices["macs"] = Macs(model, groups, example)
-    if "bytes" in method.priced_in:
-        prices["bytes"] = Bytes(model, groups)
-    if "latency" in method.priced_in:
-        readings = _from_first_rank(
-            lambda: (table or measure_latency(model, example, groups=groups)).readings
-        )
-        if table is None:
-            table = measure_latency(model, example, groups=groups, readings=readings)
-        names = [group.name for group in groups]
-        prices["latency"] = Milliseconds(table.with_readings(readings), names)
-    return prices
-
-
-def _fitting(
-    method: Method, layers: Mapping[str, Place], include: Sequence[str] | None
-) -> tuple[dict[str, Place], dict[str, str]]:
-    """The layers that the method can make sparse, and why it leaves the others dense."""
-    reasons = {
-        name: reason
-        for name, place in layers.items()
-        if (reason := method.unfit(place) or _not_in_blocks(place, method.block))
-    }
-    asked = [name for name in reasons if name in (include or ())]  # by name, not by a pattern
-    if asked:
-        raise ValueError(f"{asked[0]} {reasons[asked[0]]}: leave it out of include")
-    if len(reasons) == len(layers):
-        listed = "; ".join(f"{name} {reason}" for name, reason in list(reasons.items())[:3])
-        raise ValueError(f"{type(method).__name__} fits no layer of the model: {listed}")
-    return {name: place for name, place in layers.items() if name not in reasons}, reasons
-
-
-def _not_in_blocks(place: Place, block: int) -> str | None:
-    """Why the outputs of a layer make up no whole blocks; a block never spans two groups."""
-    groups = getattr(place.module, "groups", 1)
-    outputs = len(place.weight) // groups
-    if outputs % block == 0:
-        return None
-    each = f"{outputs} outputs in each of {groups} groups" if groups > 1 else f"{outputs} outputs"
-    return f"has {each}, no multiple of block={block}"
-
-
-def _attach(
-    name: str, place: Place, method: Method, count: int, generator: torch.Generator
-) -> Site:
-    module, tensor = place
-    weight = place.weight
-    assert isinstance(weight, nn.Parameter)
-    sparse = method.attach(weight, count, generator)
-    parametrize.register_parametrization(module, tensor, sparse)
-    parametrized = module.parametrizations[tensor]  # type: ignore[index]
-    assert isinstance(parametrized, parametrize.ParametrizationList)
-    parametrized.register_load_state_dict_post_hook(zero_after_load)  # type: ignore[no-untyped-call]
-    if isinstance(module, nn.RNNBase):
-        fill_flat_weights(module)
-    return Site(name, module, tensor, weight, sparse, weight.shape, method.block)
-
-
-def _eligible(
-    model: nn.Module,
-    method: Method,
-    layers: Mapping[str, Place],
-    example: Example | None,
-    keep_channels: Sequence[str],
-) -> tuple[list[ChannelGroup], dict[str, str]]:
-    """Channel groups that may lose channels, and why the others may not."""
-    if not method.needs_graph:
-        return [], {}
-    if example is None:
-        raise ValueError(
-            f"{type(method).__name__} removes channels and must see how layers are connected: "
-            "pass example=<an input of the model>"
-        )
-    eligible, locked = [], {}
-    groups = find_groups(model, example)
-    for pattern in keep_channels:
-        if not fnmatch.filter([group.name for group in groups], pattern):
-            near = difflib.get_close_matches(pattern, [group.name for group in groups], 3)
-            raise ValueError(
-                f"keep_channels pattern {pattern!r} matches no layer that has channels"
-                f"{': did you mean ' + ' or '.join(map(repr, near)) + '?' if near else ''}"
-            )
-    for group in groups:
-        dense = [p.layer for p in (*group.producers, *group.consumers) if p.layer not in layers]
-        if group.locked:
-            locked[group.name] = group.locked
-        elif not (group.internal or method.cuts_skip_paths):
-            locked[group.name] = (
-                "they lie on a skip path or make up attention heads (several layers write or read "
-                "them): prune_residual=True cuts those too"
-            )
-        elif dense:
-            locked[group.name] = f"{dense[0]} is left dense, and both ends must be sparse"
-        elif group.unit(method.block) is None:
-            locked[group.name] = f"they do not make up whole blocks of {method.block} outputs"
-        elif any(fnmatch.fnmatchcase(group.name, pattern) for pattern in keep_channels):
-            locked[group.name] = "keep_channels names it"
-        else:
-            eligible.append(group)
-    tried = try_cuts(model, eligible, probe(model, example))
-    locked.update(tried.refused)
-    eligible = [group for group in tried.groups if group.name not in tried.refused]
-    if not eligible:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in locked.items())
-        raise ValueError(
-            f"{_settings(method)}, but no layer of the model may lose channels: {listed}"
-        )
-    return eligible, locked
-
-
-def _settings(method: Method) -> str:
-    shown = ", ".join(f"{k}={v!r}" for k, v in method.to_dict().items() if "sparsity" in k)
-    return f"{type(method).__name__}({shown})"
 
 
 @torch.no_grad()
