@@ -17,20 +17,16 @@ here has to be believed: what is cut is verified by running the model (`gossamer
 from __future__ import annotations
 
 import re
-import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from gossamer.example import Example, evaluating, example_tensors, nested_tensors, run
+from gossamer.example import Example, example_tensors
+from gossamer.recording import READS, Call, needed_calls, record, storage_of
 
 __all__ = ["Atom", "AtomClass", "trace"]
 
@@ -63,7 +59,6 @@ _FRESH = _words(  # tensors whose values hang on no other tensor's
     "zeros_like ones_like full_like rand_like randn_like empty_like new_zeros new_ones new_full "
     "new_empty"
 )
-_READS = _words("_local_scalar_dense equal is_nonzero nonzero")  # a number leaves the tensors
 _PRODUCTS = _words("mm bmm addmm baddbmm mv addmv dot")
 _LAYER_NORMS = _words("native_layer_norm _fused_rms_norm")
 _BATCH_NORMS = _words(
@@ -108,12 +103,10 @@ def trace(model: nn.Module, example: Example, running: Callable[[], str]) -> lis
     Raises:
         Exception: Whatever the model raises on the example.
     """
-    recorder = _Recorder(running)
-    with evaluating(model), torch.no_grad(), _plain_kernels(model), recorder:
-        output = list(nested_tensors(run(model, example)))
+    calls, output = record(model, example, running)
     labels = _Labels(model, example_tensors(example))
-    live = _live(recorder.calls, output)
-    for place, call in enumerate(recorder.calls):
+    live = needed_calls(calls, output)
+    for place, call in enumerate(calls):
         labels.watch(call)
         if place in live:
             labels.follow(call)
@@ -122,101 +115,6 @@ def trace(model: nn.Module, example: Example, running: Callable[[], str]) -> lis
             labels.lock(track, "they are an output of the model")
     labels.tie_recurrent(model)
     return labels.classes()
-
-
-# ------------------------------------------------------------------ writing down
-
-
-class _Call(NamedTuple):
-    """One operation of the run: its name, what it was called with, what came out, and where.
-
-    `shape`: of the result as it was then; a later operation may have turned it in place.
-    """
-
-    name: str
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: list[Tensor]
-    shape: torch.Size
-    where: str
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
-
-    @property
-    def result(self) -> Tensor:
-        return self.outputs[0]
-
-    @property
-    def at(self) -> str:
-        """Operation and place, for a reason."""
-        return f"{self.name.strip('_').removeprefix('native_')} in {self.place}"
-
-    @property
-    def place(self) -> str:
-        """The module that was running."""
-        return self.where or "the model's forward"
-
-    def argument(self, name: str) -> Any:
-        """The argument of that name, or None."""
-        for place, argument in enumerate(self.function._schema.arguments):
-            if argument.name == name:
-                return self.args[place] if place < len(self.args) else self.kwargs.get(name)
-        return None
-
-
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, running: Callable[[], str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[_Call] = []
-        self._running = running
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        name = func.overloadpacket.__name__
-        if outputs or name in _READS:
-            shape = outputs[0].shape if outputs else torch.Size()
-            call = _Call(name, func, args, kwargs or {}, outputs, shape, self._running())
-            self.calls.append(call)
-        return result
-
-
-@contextmanager
-def _plain_kernels(model: nn.Module) -> Iterator[None]:
-    """Attention and recurrent layers in single steps instead of one fused operation."""
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    mkldnn, fast = torch._C._get_mkldnn_enabled(), torch.backends.mha.get_fastpath_enabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            if recurrent:
-                torch._C._set_mkldnn_enabled(False)
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
-        finally:
-            torch._C._set_mkldnn_enabled(mkldnn)
-            torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _live(calls: Sequence[_Call], output: Sequence[Tensor]) -> set[int]:
-    """Places of the calls that the output hangs on; memory that is shared counts as a whole."""
-    needed = {_memory(tensor) for tensor in output}
-    live = set()
-    for place, call in reversed(list(enumerate(calls))):
-        if any(_memory(tensor) in needed for tensor in call.outputs):
-            needed.update(_memory(tensor) for tensor in call.inputs)
-            live.add(place)
-    return live
-
-
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 # ------------------------------------------------------------------ following
@@ -270,7 +168,7 @@ class _Labels:
     def of(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The tracks of a tensor."""
         found = self._tracks.get(id(tensor), ())
-        if not found and (written := self._written.get(_memory(tensor))) is not None:
+        if not found and (written := self._written.get(storage_of(tensor))) is not None:
             place = tensor.shape, tensor.stride(), tensor.storage_offset()
             return (_steady(written.as_strided(*place).clone()),)
         return found
@@ -412,7 +310,7 @@ class _Labels:
 
     # -------------------------------------------------------------- operations
 
-    def watch(self, call: _Call) -> None:
+    def watch(self, call: Call) -> None:
         """Note what hangs on the inputs, and whether the model looks at a computed value."""
         if call.name not in _FRESH:
             for known in (self._data, self._floats):
@@ -420,10 +318,10 @@ class _Labels:
                     known.update(id(tensor) for tensor in call.outputs)
         if call.name == "embedding":
             self._floats.update(id(tensor) for tensor in call.outputs)
-        if call.name in _READS and id(call.args[0]) in self._floats and not self._forked:
+        if call.name in READS and id(call.args[0]) in self._floats and not self._forked:
             self._forked = f"{call.place} looks at a value, and may go another way for another"
 
-    def follow(self, call: _Call) -> None:
+    def follow(self, call: Call) -> None:
         """Label what came out of a call by what went in."""
         name = call.name
         if name in _FRESH or not any(self.of(tensor) for tensor in call.inputs):
@@ -462,16 +360,16 @@ class _Labels:
         else:
             self._lock_inputs(call, f"{call.at} is not known to keep them apart")
 
-    def _set(self, call: _Call, tracks: Iterable[Tensor]) -> None:
+    def _set(self, call: Call, tracks: Iterable[Tensor]) -> None:
         tracks = tuple(tracks)
         self._tracks[id(call.result)] = tracks
 
-    def _lock_inputs(self, call: _Call, reason: str) -> None:
+    def _lock_inputs(self, call: Call, reason: str) -> None:
         for tensor in call.inputs:
             for track in self.of(tensor):
                 self.lock(track, reason)
 
-    def _move(self, call: _Call) -> None:
+    def _move(self, call: Call) -> None:
         source, *rest = call.args
         function = call.function
         if call.name.endswith("_"):
@@ -485,7 +383,7 @@ class _Labels:
         for output, tracks in zip(call.outputs, found, strict=True):
             self._tracks[id(output)] = tuple(tracks)
 
-    def _concatenate(self, call: _Call) -> None:
+    def _concatenate(self, call: Call) -> None:
         shape = call.shape
         dim = call.argument("dim") or 0
         dim %= len(shape)
@@ -522,21 +420,21 @@ class _Labels:
             whole.append(_steady(torch.cat(narrow, dim)).expand(shape))
         self._set(call, whole)
 
-    def _write(self, call: _Call) -> None:
+    def _write(self, call: Call) -> None:
         """`copy_` into a part of a tensor, as when something is put together piece by piece."""
         target, source = call.args[:2]
         tracks = self.of(source)
-        fresh = _memory(target) in self._written or not self.of(target)
+        fresh = storage_of(target) in self._written or not self.of(target)
         if not fresh or len(tracks) != 1:
             self._lock_inputs(call, f"{call.at} overwrites a part of a tensor")
             return
         memory = target.untyped_storage()
         size = memory.nbytes() // target.element_size()
-        whole = self._written.setdefault(_memory(target), torch.full((size,), _NO_ATOM))
+        whole = self._written.setdefault(storage_of(target), torch.full((size,), _NO_ATOM))
         place = target.shape, target.stride(), target.storage_offset()
         whole.as_strided(*place).copy_(tracks[0].expand(target.shape))
 
-    def _pointwise(self, call: _Call) -> None:
+    def _pointwise(self, call: Call) -> None:
         shape = call.shape
         tracks = [track for tensor in call.inputs for track in self.of(tensor)]
         merged = self._merge(tracks, shape)
@@ -544,7 +442,7 @@ class _Labels:
         for output in call.outputs[1:]:
             self._tracks[id(output)] = merged
 
-    def _reduce(self, call: _Call) -> None:
+    def _reduce(self, call: Call) -> None:
         source = call.args[0]
         dims = call.argument("dim")
         dims = [dims] if isinstance(dims, int) else list(dims or range(source.dim()))
@@ -565,7 +463,7 @@ class _Labels:
                 kept = [track.squeeze(tuple(dims)) for track in tracks]
                 self._tracks[id(output)] = tuple(track.expand(output.shape) for track in kept)
 
-    def _per_plane(self, call: _Call, spatial: int) -> None:
+    def _per_plane(self, call: Call, spatial: int) -> None:
         source, shape = call.args[0], call.shape
         first = source.dim() - spatial
         tracks = []
@@ -577,7 +475,7 @@ class _Labels:
         for output in call.outputs:
             self._tracks[id(output)] = tuple(tracks)
 
-    def _pad(self, call: _Call) -> None:
+    def _pad(self, call: Call) -> None:
         source, pads = call.args[0], call.args[1]
         padded = {source.dim() - 1 - place // 2 for place, size in enumerate(pads) if size}
         tracks = []
@@ -588,20 +486,20 @@ class _Labels:
                 tracks.append(_head(track, padded).expand(call.shape))
         self._set(call, tracks)
 
-    def _gate(self, call: _Call) -> None:
+    def _gate(self, call: Call) -> None:
         dim = call.argument("dim")
         dim = -1 if dim is None else dim
         halves = [half for track in self.of(call.args[0]) for half in track.chunk(2, dim)]
         self._set(call, self._merge(halves, call.shape))
 
-    def _embed(self, call: _Call) -> None:
+    def _embed(self, call: Call) -> None:
         weight, shape = call.args[0], call.shape
         rows = [track[0] for track in self.of(weight) if _varies(track) == {1}]
         for row in rows:
             self._mark(self._made, row)
         self._set(call, [row.expand(shape) for row in rows])
 
-    def _norm(self, call: _Call) -> None:
+    def _norm(self, call: Call) -> None:
         source = call.args[0]
         if call.name == "native_group_norm":
             dims = {1}
@@ -612,7 +510,7 @@ class _Labels:
                 self.lock(track, f"{call.at} takes its mean over them")
         self._set(call, self.of(source))
 
-    def _batch_norm(self, call: _Call) -> None:
+    def _batch_norm(self, call: Call) -> None:
         source, *own = call.args[:5]
         shape = source.shape
         tracks = [*self.of(source)]
@@ -621,7 +519,7 @@ class _Labels:
                 tracks += [_spread(track, 1, shape) for track in self.of(tensor)]
         self._set(call, self._merge(tracks, shape))
 
-    def _convolve(self, call: _Call) -> None:
+    def _convolve(self, call: Call) -> None:
         source, weight, bias, *_ = call.args
         transposed, groups = call.args[6], call.args[8]
         shape = call.shape
@@ -647,7 +545,7 @@ class _Labels:
 
     def _convolve_groups(
         self,
-        call: _Call,
+        call: Call,
         entering: list[Tensor],
         rows: list[Tensor],
         columns: list[Tensor],
@@ -669,7 +567,7 @@ class _Labels:
         channels = call.shape[1]
         return [whole.expand(groups, channels // groups).reshape(-1)]
 
-    def _consume(self, entering: list[Tensor], into: list[Tensor], call: _Call) -> None:
+    def _consume(self, entering: list[Tensor], into: list[Tensor], call: Call) -> None:
         """A weight reads what enters: joined with the weight's atoms there, and used up."""
         computed = [track for track in entering if self._is_made(track)]
         for track in entering:
@@ -683,7 +581,7 @@ class _Labels:
         for line in into:
             self._mark(self._read, line)
 
-    def _product(self, call: _Call) -> None:
+    def _product(self, call: Call) -> None:
         tensors = [arg for arg in call.args if isinstance(arg, Tensor)]
         one, other = tensors[-2:]
         left, right = list(self.of(one)), list(self.of(other))
@@ -708,7 +606,7 @@ class _Labels:
         self._set(call, tracks)
 
     def _weigh(
-        self, call: _Call, left: list[Tensor], right: list[Tensor], swapped: bool
+        self, call: Call, left: list[Tensor], right: list[Tensor], swapped: bool
     ) -> list[Tensor]:
         """A weight on the right, or on the left where `swapped`: it reads the summed dimension."""
         if swapped:
@@ -728,7 +626,7 @@ class _Labels:
         tracks = [*passing, *leaving]
         return [track.mT for track in tracks] if swapped else tracks
 
-    def _attend(self, call: _Call, left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
+    def _attend(self, call: Call, left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
         """Two computed factors: all that is summed goes together, with what is made of it."""
         tracks = []
         summed: list[Tensor] = []

@@ -460,7 +460,7 @@ def test_the_gradients_of_thresholds_can_be_clipped(tmp_path):
     assert free < 0.95
     assert density("wide", threshold_clip=1e6) == free
     assert density("held", threshold_clip=1e-9) > 0.9999
-    with pytest.raises(ValueError, match="threshold_clip=0.1: static learns no thresholds"):
+    with pytest.raises(ValueError, match=r"threshold_clip=0\.1: static learns no thresholds"):
         train(tiny(tmp_path / "run", method="static", threshold_clip=0.1), gossamer.Static())
 
 
