@@ -1,7 +1,7 @@
 """Brings into the site what lies elsewhere in the repository, as pages.
 
-Examples, recipes, the changelog and CONTRIBUTING stay where their readers look for them, and links
-between them and the pages work in both places.
+Examples, recipes, results, the changelog and CONTRIBUTING stay where their readers look for them,
+and links between them and the pages work in both places.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+RESULTS = sorted(path for path in (ROOT / "results").rglob("*") if path.is_file())
+PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"} | {
+    path.relative_to(ROOT).as_posix(): path.relative_to(ROOT).as_posix().replace("README", "index")
+    for path in RESULTS
+    if path.suffix == ".md"
+}
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
@@ -26,6 +31,10 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     pages["recipes.md"] = RECIPES + "".join(_code(recipe.stem, recipe, "##") for recipe in recipes)
     for page, text in pages.items():
         files.append(File.generated(config, page, content=text))
+    for path in RESULTS:
+        if path.suffix != ".md":
+            page = path.relative_to(ROOT).as_posix()
+            files.append(File.generated(config, page, abs_src_path=str(path)))
     return files
 
 

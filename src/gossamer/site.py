@@ -268,18 +268,22 @@ def unsupported(model: nn.Module, recurrent: bool = False) -> dict[str, str]:
         model: A plain model.
         recurrent: Whether the method makes the matrices of recurrent layers sparse.
     """
-    reasons: dict[type | tuple[type, ...], str] = {
-        nn.MultiheadAttention: "belongs to an nn.MultiheadAttention: make query, key and value "
-        "linear layers of their own to have them sparse",
-        _TRANSPOSED: "belongs to a transposed convolution, which no method makes sparse",
-    }
+    reasons: list[tuple[tuple[type[nn.Module], ...], str]] = [
+        (
+            (nn.MultiheadAttention,),
+            "belongs to an nn.MultiheadAttention: make query, key and value linear layers of their "
+            "own to have them sparse",
+        ),
+        (_TRANSPOSED, "belongs to a transposed convolution, which no method makes sparse"),
+    ]
     if not recurrent:
-        reasons[_RECURRENT] = "belongs to a recurrent layer, which of all methods DST makes sparse"
+        why = "belongs to a recurrent layer, which of all methods DST makes sparse"
+        reasons.append((_RECURRENT, why))
     return {
         f"{name}.{tensor}".lstrip("."): reason
         for name, module in model.named_modules()
-        for kind, reason in reasons.items()
-        if isinstance(module, kind)
+        for kinds, reason in reasons
+        if isinstance(module, kinds)
         for tensor, weight in module.named_parameters(recurse=False)
         if weight.dim() > 1 and not tensor.startswith("bias")
     }
