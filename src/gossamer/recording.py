@@ -26,13 +26,7 @@ def record(
 ) -> tuple[list[Call], list[Tensor]]:
     """Run a model once, in eval mode; its operations, in order, and the tensors of its output.
 
-    Args:
-        model: A copy: it runs on slower code paths that are easier to follow.
-        example: An input of the model.
-        running: Tells, at any time, the name of the module that is running.
-
-    Raises:
-        Exception: Whatever the model raises on the example.
+    Arguments and errors are those of `gossamer.provenance.trace`.
     """
     recorder = _Recorder(running)
     with evaluating(model), torch.no_grad(), _plain_kernels(model), recorder:
