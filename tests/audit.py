@@ -193,7 +193,7 @@ class Audit:
             phase_a=round(method.explore_end * total),
             original=self.original,
             density=method.density,
-            margin=method.memory_margin,
+            margin=method.margin,
             drop=(method.drop_fraction, method.drop_fraction_end),
         )
 
@@ -284,7 +284,7 @@ class Audit:
         budget = round(method.density * self.original)
         capacity = sum(int(allowed.sum()) for allowed in live.values())
         if event.updated:
-            ceiling = twin.ceiling(event.step, phase_a, method.density, method.memory_margin)
+            ceiling = twin.ceiling(event.step, phase_a, method.density, method.margin)
             goal = round(ceiling * self.original) if event.step <= phase_a else budget
             assert event.nonzeros == min(goal, capacity)
             assert self.sparsifier.density == event.nonzeros / self.original

@@ -62,6 +62,15 @@ def test_ceiling_at_quarter_points() -> None:
     assert got == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("density", "given", "margin"),
+    [(0.2, None, 0.05), (0.025, None, 0.05), (0.01, None, 0.02), (0.01, 0.05, 0.05)],
+)
+def test_margin_of_few_weights(density: float, given: float | None, margin: float) -> None:
+    chase = gossamer.Chase(density=density, memory_margin=given)
+    assert chase.ceiling(gossamer.Progress(0, 1000)) == pytest.approx(density + margin)
+
+
 def test_drop_rate() -> None:
     chase = gossamer.Chase()
     assert chase.drop_rate(gossamer.Progress(800, 1000)) == pytest.approx(0.0523, abs=5e-5)
@@ -567,7 +576,7 @@ def _plain_dst(model: nn.Module, masks: dict[str, Tensor], optimizer, chase, dat
             phase_a=phase_a,
             original=original,
             density=chase.density,
-            margin=chase.memory_margin,
+            margin=chase.margin,
             drop=(chase.drop_fraction, chase.drop_fraction_end),
         )
         for (name, layer), kept, mask in zip(

@@ -308,7 +308,7 @@ SETTINGS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "channel_multiple": st.sampled_from([1, None, 2, 4]),
         "min_channel_factor": st.sampled_from([0.2, 0.0, 1.0]),
         "grow": st.sampled_from(["gradient", "random"]),
-        "memory_margin": st.sampled_from([0.05, 0.0, 0.5]),
+        "memory_margin": st.sampled_from([None, 0.0, 0.5]),
         "prune_residual": flags,
         "channel_start": st.sampled_from([0.0, 0.25]),
         "channel_end": st.sampled_from([None, 0.5]),
@@ -334,7 +334,7 @@ SETTINGS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         **COMMON,
         **ANNEALED,
         "backward_density": st.sampled_from([1.0, 0.6]),
-        "refresh_interval": st.sampled_from([1, 3, 100]),
+        "refresh_interval": st.sampled_from([None, 1, 3, 100]),
         "exploration_penalty": st.sampled_from([1e-4, 0.0, 0.1]),
     },
     "srste": {

@@ -151,6 +151,22 @@ def test_counts_are_exact(name: str, density: float, backward: float, distributi
     assert sparsifier.density == sum(inner) / total
 
 
+@pytest.mark.parametrize(
+    ("given", "total", "expected"),
+    [(None, 12, 12), (None, 3000, 1000), (None, 200_000, 2000), (5, 3000, 600)],
+)
+def test_selections_of_a_run(
+    given: int | None, total: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is before training; none follows the last step."""
+    method = gossamer.TopKAST(density=0.2, refresh_interval=given)
+    selected = []
+    monkeypatch.setattr(gossamer.TopKAST, "_select", lambda *_: selected.append(True))
+    for step in range(total + 1):
+        method.advance([], gossamer.Progress(step, total), None)
+    assert len(selected) == expected
+
+
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.0),

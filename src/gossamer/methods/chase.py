@@ -71,7 +71,8 @@ class Chase(Method):
         distribution: Layer densities at the start: "erk", "er" or "uniform".
         update_interval: Steps between support updates; None: 1000, or a twentieth of the run and
             at most 100 when the run is shorter than 20,000 steps.
-        memory_margin: Extra density at the start, falling to 0 by a cosine over phase A.
+        memory_margin: Extra density at the start, falling to 0 by a cosine over phase A; an update
+            drops all that lies above `density`. None: 0.05, or twice the density below 0.025.
         explore_end: End of phase A, as a fraction of training.
         drop_fraction: Phase B drop fraction at the start of training; a cosine over the run ...
         drop_fraction_end: ... takes it to this.
@@ -109,7 +110,7 @@ class Chase(Method):
     density: float = 0.1
     distribution: str = "erk"
     update_interval: int | None = None
-    memory_margin: float = 0.05
+    memory_margin: float | None = None
     explore_end: float = 0.8
     drop_fraction: float = 0.5
     drop_fraction_end: float = 0.005
@@ -138,7 +139,9 @@ class Chase(Method):
         check_choice(self, "scope", SCOPES)
         check_choice(self, "channel_score", CHANNEL_SCORES)
         check_choice(self, "channel_score_per", ("channel", *PRICES))
-        for name in ("memory_margin", "drop_fraction", "drop_fraction_end", "t_end"):
+        if self.memory_margin is not None:
+            check_range(self, "memory_margin", 0, 1)
+        for name in ("drop_fraction", "drop_fraction_end", "t_end"):
             check_range(self, name, 0, 1)
         check_range(self, "explore_end", 0, 1, open_low=True)
         check_range(self, "min_channel_factor", 0, 1)
@@ -358,7 +361,12 @@ class Chase(Method):
     def ceiling(self, progress: Progress) -> float:
         """b(t): density up to which phase A grows."""
         fraction = progress.step / self._explore_steps(progress.total_steps)
-        return min(1.0, cosine(fraction, self.density + self.memory_margin, self.density))
+        return min(1.0, cosine(fraction, self.density + self.margin, self.density))
+
+    @property
+    def margin(self) -> float:
+        """What `memory_margin` comes to."""
+        return min(0.05, 2 * self.density) if self.memory_margin is None else self.memory_margin
 
     def drop_rate(self, progress: Progress) -> float:
         """Fraction of the support that a phase B update drops."""

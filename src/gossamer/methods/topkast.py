@@ -139,7 +139,9 @@ class TopKAST(Method):
         density: Kept fraction of all sparse weights, in (0, 1].
         backward_density: Fraction of all sparse weights that gets gradients, from `density` to 1.
         distribution: How both are shared among layers: "uniform" (as in the paper), "erk" or "er".
-        refresh_interval: Steps between selections of both sets.
+        refresh_interval: Steps between selections of both sets; None: a thousandth of the run, at
+            most 100. Between them weights of B that do not act learn unchecked, and many outgrow
+            at once those that do: at few weights long intervals break training.
         exploration_penalty: Coefficient of the L2 penalty, which draws weights that do not act
             more strongly, by 1 / density. It stands in for the optimizer's weight decay.
         alpha: Share of the gradient that the backward set gets outside the forward set, in [0, 1].
@@ -152,7 +154,7 @@ class TopKAST(Method):
     density: float = 0.2
     backward_density: float = 0.5
     distribution: str = "uniform"
-    refresh_interval: int = 100
+    refresh_interval: int | None = None
     exploration_penalty: float = 1e-4
     alpha: float = 1.0
     alpha_schedule: str = "none"
@@ -162,7 +164,8 @@ class TopKAST(Method):
     def __post_init__(self) -> None:
         check_range(self, "density", 0, 1, open_low=True)
         check_choice(self, "distribution", tuple(DISTRIBUTIONS))
-        check_range(self, "refresh_interval", 1, math.inf, whole=True)
+        if self.refresh_interval is not None:
+            check_range(self, "refresh_interval", 1, math.inf, whole=True)
         check_range(self, "exploration_penalty", 0, math.inf)
         check_range(self, "alpha", 0, 1)
         check_choice(self, "alpha_schedule", tuple(DECAYS))
@@ -229,10 +232,11 @@ class TopKAST(Method):
             for site in sites:
                 _nested(site).alpha.fill_(alpha)
         closed = alpha == 0 and before > 0  # from here on B does not learn
-        due = step % self.refresh_interval == 0 and step < total
+        interval = self.refresh_interval or max(1, min(100, total // 1000))
+        due = step % interval == 0 and step < total
         if due:
             self._select(sites, optimizer)
-        return closed or (due and progress.look_due(self.refresh_interval))
+        return closed or (due and progress.look_due(interval))
 
     def _select(self, sites: Sequence[Site], optimizer: torch.optim.Optimizer | None) -> None:
         shapes = [site.original_shape for site in sites]
