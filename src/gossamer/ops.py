@@ -28,8 +28,10 @@ __all__ = [
     "straight_through",
 ]
 
-_SMALL = 1 << 16  # below this, one concatenated `kthvalue` is faster than sampling
+_SMALL = 1 << 14  # up to this, one concatenated `kthvalue` is about as fast as sampling ...
+_SMALL_WAITING = 1 << 16  # ... where every pass waits for a device or for other processes
 _SAMPLE = 1 << 17  # a bracket of +-5 sigma from 131072 samples holds about 1 % of the values
+_SHARE = 16  # of fewer values than so many samples each, one in so many is sampled
 _SENT = 1 << 14  # samples that processes exchange; the bracket holds 3 %, and is searched again
 _SIGMAS = 5.0
 
@@ -105,11 +107,12 @@ _Pairs = Sequence[tuple[Tensor, Tensor | None]]
 
 
 def _kth(pairs: _Pairs, k: int, total: int, crowd: Crowd) -> float:
-    size = crowd.total(sum(len(flat) for flat, _ in pairs), pairs[0][0].device)
-    if size <= _SMALL:
+    device = pairs[0][0].device
+    size = crowd.total(sum(len(flat) for flat, _ in pairs), device)
+    if size <= (_SMALL if crowd.alone and device.type == "cpu" else _SMALL_WAITING):
         return _rank(_sample(pairs, 1, crowd), k)
 
-    sample = _sample(pairs, max(1, size // (_SAMPLE if crowd.alone else _SENT)), crowd)
+    sample = _sample(pairs, max(_SHARE, size // _SAMPLE) if crowd.alone else size // _SENT, crowd)
     share = k / total
     center = share * len(sample)
     margin = _SIGMAS * math.sqrt(len(sample) * share * (1 - share)) + 2
