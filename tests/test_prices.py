@@ -10,7 +10,7 @@ from torch import nn
 import gossamer
 from gossamer.channels import find_groups
 from gossamer.measure import account
-from gossamer.prices import Bytes, Macs, cut_to
+from gossamer.prices import Bytes, Macs, Parameters, cut_to
 from gossamer.shrink.plan import Plan
 from gossamer.shrink.slice import apply_cuts, cuts_for
 from nets import NETS, SKIP_NETS, images, net
@@ -51,11 +51,13 @@ def test_prices_are_those_of_the_cut_network(name: str, tmp_path: Path) -> None:
     groups = _groups(model)
     assert groups
     macs, size = Macs(model, groups, images(2)), Bytes(model, groups)
+    count = Parameters(model, groups)
     assert macs.dense == account(model, images(2)).macs_executed
     for seed in range(3):
         widths = _some_widths(groups, seed)
         slim = cut_to(model, groups, widths)
         assert macs(widths) == account(slim, images(2)).macs_executed
+        assert count(widths) == sum(parameter.numel() for parameter in slim.parameters())
 
         # The file keeps other channels than `cut_to` does, and is no longer than was said.
         generator = torch.Generator().manual_seed(seed)

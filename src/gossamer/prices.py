@@ -1,7 +1,8 @@
 """Prices: what a network costs as a function of its channel groups' widths.
 
-    MACs      sum over the weights of  positions x size,  as `gossamer.measure.account` counts them
-    bytes     of the safetensors file that `gossamer.save` writes
+    MACs          sum over the weights of  positions x size,  as `gossamer.measure.account` counts
+    bytes         of the safetensors file that `gossamer.save` writes
+    parameters    elements of all parameters
 
 Every dimension of every tensor is affine in the widths of the groups, because each channel takes
 equally many positions of it: behind a flatten as on a skip path, in norms as in attention heads.
@@ -23,7 +24,7 @@ from gossamer.measure.macs import account
 from gossamer.method import Price
 from gossamer.shrink.slice import apply_cuts, cuts_for, size_of
 
-__all__ = ["Affine", "Bytes", "Macs", "affine", "cut_to"]
+__all__ = ["Affine", "Bytes", "Macs", "Parameters", "affine", "cut_to"]
 
 
 def cut_to(model: nn.Module, groups: Sequence[ChannelGroup], widths: Sequence[int]) -> nn.Module:
@@ -166,6 +167,32 @@ class Bytes(Price):
     def __call__(self, widths: Sequence[int]) -> float:
         """Bytes at these widths."""
         return float(self._item @ self._tensors(widths)) + self._header + self._lists(widths)
+
+
+class Parameters(Price):
+    """Elements of all parameters, buffers left out; exact.
+
+    Args:
+        model: The network, full width, not sparsified.
+        groups: Its channel groups, in the order in which widths are given.
+    """
+
+    unit = "parameters"
+
+    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+        self._tensors = _Tensors(model, groups)
+        counted = {name for name, _ in model.named_parameters()}
+        self._counted = torch.tensor([float(n in counted) for n in self._tensors.names]).double()
+        self._dense = self([group.channels for group in groups])
+
+    @property
+    def dense(self) -> float:
+        """Parameters of the full network."""
+        return self._dense
+
+    def __call__(self, widths: Sequence[int]) -> float:
+        """Parameters at these widths."""
+        return float(self._counted @ self._tensors(widths))
 
 
 class _Lists:

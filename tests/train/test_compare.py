@@ -217,7 +217,7 @@ def test_rivals_follow_their_cell(compared):
     assert slim.config == replace(dense.config, epochs=3, **own)
     assert slim.method == timed.method == uniform.method == dense.method
     assert timed.config.out.endswith("cells/chase-d0.2-s0-slim-wall-time")
-    assert uniform.config.uniform_widths
+    assert uniform.config.widths_match == "macs"
     assert uniform.config.keep_channels == ("classifier",)
     assert [cell.optional for cell in (slim, timed, uniform)] == [True, True, False]
 
@@ -666,11 +666,13 @@ def test_a_killed_cell_and_a_silent_one(compared, stand_in, monkeypatch):
 def test_where_nothing_was_cut_there_are_no_rivals(compared, stand_in):
     """Every cell ends like the dense twin."""
     listed = {"method": "static", "label": "asked", "rivals": ["slim"]}
-    rivals, said = ["slim", "uniform"], []
+    rivals, said = ["slim", "uniform", "uniform-nonzeros"], []
     comparison = compared(densities=[0.2], seeds=[0], methods=["static", listed], rivals=rivals)
     found = compare(comparison, jobs=1, say=said.append)
-    assert [row["status"] for row in found] == ["done"] * 2 + ["left out"] * 2 + ["done", "failed"]
-    assert "[3/6] static, density 0.2, slim, seed 0: left out, because nothing was cut" in said[3]
+    left_out = ["left out"] * 2
+    assert [row["status"] for row in found] == [*["done"] * 2, *left_out, *["done"] * 2, "failed"]
+    assert found[4]["rival"] == "uniform-nonzeros"
+    assert "[3/7] static, density 0.2, slim, seed 0: left out, because nothing was cut" in said[3]
     (error,) = failures(found)
     assert error.startswith("asked 0.2 slim seed 0: nothing was cut from ")
     assert error.endswith(
@@ -683,7 +685,7 @@ def test_where_nothing_was_cut_there_are_no_rivals(compared, stand_in):
     )
     said.clear()
     compare(comparison, jobs=1, say=said.append)
-    assert said[0].startswith("1 of 6 cells to train")
+    assert said[0].startswith("1 of 7 cells to train")
 
 
 def test_rivals_wait_for_their_cell(compared, stand_in, trained):
@@ -799,10 +801,12 @@ def test_real_rivals(compared, tmp_path):
         densities=[0.2],
         seeds=[0],
         methods=[{"method": "chase", "min_channels": 2}],
-        rivals=["slim", "slim-wall-time", "uniform"],
+        rivals=["slim", "slim-wall-time", "uniform", "uniform-nonzeros"],
     )
-    dense, chase, slim, timed, uniform = compare(comparison, jobs=1, say=lambda line: None)
-    assert {row["status"] for row in (dense, chase, slim, timed, uniform)} == {"done"}
+    found = compare(comparison, jobs=1, say=lambda line: None)
+    assert {row["status"] for row in found} == {"done"}
+    _, chase, slim, timed, uniform, few = found
+    assert few["nonzeros"] == pytest.approx(chase["nonzeros"], rel=0.05)
     for rival in (slim, timed):
         assert rival["macs_executed"] == rival["macs_sparse"] == chase["macs_executed"]
         assert rival["channel_sparsity"] == chase["channel_sparsity"]

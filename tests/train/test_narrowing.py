@@ -116,15 +116,16 @@ def test_even_widths_by_hand():
         return widths[0] * widths[1]
 
     # 8 4, 6 4, 6 3, 4 3, 4 2, ...: the largest share first, the first group where they are equal.
-    found = [even_widths((8, 4), ladders, price, target) for target in (40, 32, 29, 20, 13, 11, 2)]
+    targets = (40, 32, 29, 20, 13, 11, 2)
+    found = [even_widths((8, 4), ladders, price, target, "MACs") for target in targets]
     assert found == [[8, 4], [8, 4], [8, 4], [6, 3], [4, 3], [4, 3], [2, 1]]
     with pytest.raises(ValueError, match="cannot come down to 1 MACs: as narrow as it can be it"):
-        even_widths((8, 4), ladders, price, 1)
+        even_widths((8, 4), ladders, price, 1, "MACs")
 
 
 def test_uniform_widths_have_the_macs(file):
     full = build()
-    settings = {"network": ("vgg-small", 0.5), "uniform": True}
+    settings = {"network": ("vgg-small", 0.5), "match": "macs"}
     even = read_widths(file, full, EXAMPLE, **settings).narrow(build(), EXAMPLE, built_in=True)
     goal = account(open_model(file).model, EXAMPLE).macs_executed
     assert account(even, EXAMPLE).macs_executed == pytest.approx(goal, rel=0.02)
@@ -132,6 +133,32 @@ def test_uniform_widths_have_the_macs(file):
     assert 0.5 < min(shares) <= max(shares) <= min(shares) + 1 / 8 < 1
     kept = read_widths(file, full, EXAMPLE, **settings, keep_channels=("features.7",))
     assert widths(kept.narrow(build(), EXAMPLE, built_in=True))[2] == 32
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_uniform_widths_have_the_non_zeros(cut, tmp_path):
+    """Skip paths are narrowed too, and nothing has to have been cut."""
+    torch.manual_seed(0)
+    full = nn.Sequential(
+        nn.Conv2d(1, 32, 3),
+        *(BasicBlock(32, 32, 1) for _ in range(2)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    )
+    path = slim(tmp_path / "slim.safetensors", {"1.conv1": 8} if cut else {}, full)
+    found = gossamer.load(path, copy.deepcopy(full))
+    with torch.no_grad():
+        for block in found[1:3]:
+            block.conv1.weight[:, ::2] = block.conv2.weight[::2] = 0
+    gossamer.save(path, found, read_plan(path))
+    goal = account(found, EXAMPLE).nonzeros
+    even = read_widths(path, full, EXAMPLE, network=("my:net", 1.0), match="nonzeros")
+    small = even.narrow(copy.deepcopy(full), EXAMPLE, built_in=False)
+    assert sum(p.numel() for p in small.parameters()) == pytest.approx(goal, rel=0.03)
+    left = [small[0].out_channels, *(small[index].conv1.out_channels for index in (1, 2))]
+    assert max(left) - 4 <= min(left) <= max(left) < 32
+    assert small(torch.zeros(2, 1, 8, 8)).shape == (2, 4)
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -146,7 +173,7 @@ def test_skip_paths_are_narrowed_where_they_were(skip, tmp_path):
     before = full[1].conv1.weight.detach().clone()
     removals = {f"{block}.conv1": 9 for block in (1, 2)} | ({"0": 3} if skip else {})
     path = slim(tmp_path / "slim.safetensors", removals, full)
-    even = read_widths(path, full, EXAMPLE, network=("my:net", 1.0), uniform=True).plan
+    even = read_widths(path, full, EXAMPLE, network=("my:net", 1.0), match="macs").plan
     lost = {group.name for group in find_groups(full, EXAMPLE) if is_narrower(group, even)}
     assert lost == {"1.conv1", "2.conv1", "3.conv1"} | ({"0"} if skip else set())
     assert torch.equal(full[1].conv1.weight, before)  # it is only looked at
@@ -173,8 +200,21 @@ def test_what_has_no_widths(tmp_path, file):
         read_widths(slim(tmp_path / "whole.safetensors", {}), build(), EXAMPLE, network=network)
     with pytest.raises(FileNotFoundError, match="there is no file or run folder none"):
         read_widths("none", build(), EXAMPLE, network=network)
-    with pytest.raises(ValueError, match="say with widths_of which network's MACs"):
-        TrainConfig(uniform_widths=True)
+    with pytest.raises(ValueError, match="widths_match=macs: say with widths_of of which network"):
+        TrainConfig(widths_match="macs")
+    dense = build()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.fill_(0.1)
+    gossamer.save(tmp_path / "dense.safetensors", dense)
+    with pytest.raises(ValueError, match=r"no weight of .*dense\.safetensors is zero: a dense"):
+        read_widths(
+            str(tmp_path / "dense.safetensors"),
+            build(),
+            EXAMPLE,
+            network=network,
+            match="nonzeros",
+        )
     bare = tmp_path / "bare.safetensors"  # does not say what it is
     gossamer.save(bare, open_model(file).model, read_plan(file))
     with pytest.raises(ValueError, match=r"bare\.safetensors was made from another network: featu"):
@@ -252,7 +292,7 @@ def test_a_run_stays_with_its_widths(trained, file):
 
 def test_a_narrow_network_can_be_trained_sparse_and_has_a_full_twin(file, tmp_path):
     method = gossamer.Chase(density=0.3, channel_sparsity=0.3, min_channels=2)
-    settings = {"epochs": 1, "batch_size": 64, "baseline": True, "uniform_widths": True}
+    settings = {"epochs": 1, "batch_size": 64, "baseline": True, "widths_match": "macs"}
     config = tiny(tmp_path / "run", file, method="chase", **settings)
     summary = train(config, method)
     even = Widths.from_dict(json.loads((tmp_path / "run" / "widths.json").read_text()), "it").plan

@@ -257,10 +257,10 @@ def _compare(argv: list[str]) -> int:
         description="Train several methods at several densities and seeds, and their dense twin.",
         epilog="examples:\n  gossamer compare digits-compare\n  gossamer compare digits-rivals\n\n"
         "The file lists `methods`, `densities` and `seeds`, and has the settings of gossamer train"
-        "\nthat all share. `rivals: [slim, slim-wall-time, uniform]` trains dense networks of the "
-        "slim\nones' widths from scratch beside them: for as many epochs, for as long, and with "
-        "every\nlayer narrowed by the same share. What is finished is not run again; after an "
-        "interruption\nthe same command goes on.",
+        "\nthat all share. `rivals: [slim, slim-wall-time, uniform, uniform-nonzeros]` trains dense"
+        "\nnetworks as small as the slim ones from scratch: of their widths, for as many epochs or"
+        "\nfor as long; and of their MACs or non-zeros, every layer narrowed by the same share."
+        "\nWhat is finished is not run again; after an interruption the same command goes on.",
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", metavar="FILE", help="YAML file, or recipe, of a comparison")

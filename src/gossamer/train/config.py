@@ -47,8 +47,8 @@ class TrainConfig:
         widths_of: Run folder or model file: the network gets the widths of the slim network there,
             before training, and weights of its own. With the method static at density 1 a dense
             network of those widths is trained from scratch.
-        uniform_widths: Not the widths of `widths_of`, but its executed MACs: every layer is
-            narrowed by the same share.
+        widths_match: What of `widths_of` the network gets: its "widths"; or its executed "macs", or
+            as many weights as it has "nonzeros", with every layer narrowed by the same share.
         data: "digits", a Parquet file or folder, an image folder, or `owner/name` on the hub.
         val_fraction: Share of the training images held out for validation, where the set has none.
         image_size: Resize images to this many pixels a side; None leaves them.
@@ -93,7 +93,7 @@ class TrainConfig:
     model: str = "resnet20"
     width: float = 1.0
     widths_of: str | None = None
-    uniform_widths: bool = False
+    widths_match: Literal["widths", "macs", "nonzeros"] = "widths"
     data: str = "digits"
     val_fraction: float = 0.1
     image_size: int | None = None
@@ -156,9 +156,9 @@ class TrainConfig:
                 f"warmup_epochs={self.warmup_epochs} of {self.epochs} epochs leaves none to train "
                 "in: give fewer"
             )
-        if self.uniform_widths and self.widths_of is None:
+        if self.widths_match != "widths" and self.widths_of is None:
             raise ValueError(
-                "uniform_widths: say with widths_of which network's MACs they shall come to"
+                f"widths_match={self.widths_match}: say with widths_of of which network"
             )
         if any(not 0 < milestone < 1 for milestone in self.milestones):
             raise ValueError(

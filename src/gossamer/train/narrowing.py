@@ -1,4 +1,4 @@
-"""A network that is narrow from the start: of a slim network's widths, or of its work; new weights.
+"""A network that is narrow from the start: of a slim network's widths, or as large; new weights.
 
 It is the rival of every sparse training: a dense network as small as what came of it, trained from
 scratch. Liu et al. (ICLR 2019, arXiv 1810.05270) found pruned networks no better than it.
@@ -17,18 +17,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.channels import ChannelGroup, find_groups
 from gossamer.measure.macs import account
+from gossamer.method import Price
 from gossamer.narrow import cuttable
-from gossamer.prices import Macs
+from gossamer.prices import Macs, Parameters
 from gossamer.reading import reading
-from gossamer.shrink.file import read_plan
+from gossamer.shrink.file import load, read_plan
 from gossamer.shrink.plan import Plan
 from gossamer.shrink.slice import cuts_for
 from gossamer.shrink.verify import probe, try_cuts
@@ -41,7 +43,9 @@ __all__ = ["Widths", "digest", "even_widths", "is_narrower", "nothing_cut", "rea
 
 
 _SHARE = 1 / 8  # of a layer: uniform widths go down by no larger steps,
-_NEAR = 0.02  # and by smaller ones where the MACs come no nearer than that
+_NEAR = 0.02  # and by smaller ones where MACs or weights come no nearer than that
+
+Match = Literal["widths", "macs", "nonzeros"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +112,7 @@ def read_widths(
     example: Tensor,
     *,
     network: tuple[str, float],
-    uniform: bool = False,
+    match: Match = "widths",
     keep_channels: Sequence[str] = (),
 ) -> Widths:
     """The widths of a slim network.
@@ -118,13 +122,15 @@ def read_widths(
         full: The full-width network.
         example: An input it accepts.
         network: Name and `width` of `full`.
-        uniform: Not its widths, but its executed MACs, within 2 % where whole channels allow it:
-            every layer narrowed by the same share, within an eighth of it. Widths are multiples
-            that hardware likes as far as that goes.
-        keep_channels: Patterns of layers that `uniform` leaves as they are.
+        match: What the network shall share with it: "widths"; or executed "macs", or as many
+            weights as it has "nonzeros", within 2 % where whole channels allow it: every layer
+            narrowed by the same share, within an eighth of it. Widths are multiples that hardware
+            likes as far as that goes.
+        keep_channels: Patterns of layers that are then left as they are.
 
     Raises:
-        ValueError: Nothing was cut there, or it is another network; says what differs.
+        ValueError: Nothing was cut there ("nonzeros": no weight is zero), or it is another network;
+            says what differs.
         OSError: It cannot be read.
     """
     file, said = model_file(spec, network[0])
@@ -135,14 +141,29 @@ def read_widths(
             f"{said.width:g}"
         )
     plan = read_plan(file)
+    if match == "nonzeros":
+        count = account(load(file, copy.deepcopy(full)), example).nonzeros
+        if count >= sum(parameter.numel() for parameter in full.parameters()):
+            raise ValueError(
+                f"no weight of {spec} is zero: a dense network of as many is the dense twin"
+            )
+        groups = cuttable(find_groups(full, example), residual=True)
+        even = _uniform(full, example, _but(groups, keep_channels), Parameters, count)
+        return Widths(spec, digest(file), even)
     if not len(plan):
         raise ValueError(nothing_cut(spec))
     widths = Widths(spec, digest(file), plan)
     slim = widths.narrow(copy.deepcopy(full), example, built_in=":" not in network[0])
-    if not uniform:
+    if match == "widths":
         return widths
+    groups = find_groups(full, example)
+    residual = any(is_narrower(group, plan) and not group.internal for group in groups)
+    groups = cuttable(groups, residual=residual)
     macs = account(slim, example).macs_executed
-    return Widths(spec, widths.sha256, _uniform(full, plan, example, macs, keep_channels))
+    even = _uniform(
+        full, example, _but(groups, keep_channels), partial(Macs, example=example), macs
+    )
+    return Widths(spec, widths.sha256, even)
 
 
 def digest(file: Path) -> str:
@@ -172,6 +193,7 @@ def even_widths(
     ladders: Sequence[Sequence[int]],
     price: Callable[[Sequence[int]], float],
     target: float,
+    unit: str,
 ) -> list[int]:
     """Widths that keep nearly the same share of each group, and whose price is nearest to `target`.
 
@@ -182,6 +204,7 @@ def even_widths(
         ladders: Widths that each may have, widest first.
         price: Of the network of these widths; falls with each.
         target: What it shall cost.
+        unit: Of the price.
 
     Raises:
         ValueError: At its narrowest it costs more.
@@ -195,8 +218,8 @@ def even_widths(
         there = [index for index, width in enumerate(lower) if width]
         if not there:
             raise ValueError(
-                f"with uniform widths the network cannot come down to {target:,.0f} MACs: as "
-                f"narrow as it can be it has {price(widths):,.0f}. Leave uniform widths out"
+                f"with uniform widths the network cannot come down to {target:,.0f} {unit}: as "
+                f"narrow as it can be it has {price(widths):,.0f}. Leave widths_match out"
             )
         before = list(widths)
         most = max(there, key=lambda index: widths[index] / channels[index])
@@ -204,27 +227,32 @@ def even_widths(
     return min(widths, before, key=lambda found: abs(price(found) - target))
 
 
-def _uniform(
-    full: nn.Module, plan: Plan, example: Tensor, macs: float, keep_channels: Sequence[str]
-) -> Plan:
-    """Cuts all that may be cut, skip paths where `plan` cuts some, to so many executed MACs."""
-    groups = find_groups(full, example)
-    residual = any(is_narrower(group, plan) and not group.internal for group in groups)
-    chosen = [
+def _but(groups: Sequence[ChannelGroup], keep_channels: Sequence[str]) -> list[ChannelGroup]:
+    return [
         group
-        for group in cuttable(groups, residual=residual)
+        for group in groups
         if not any(fnmatchcase(group.name, pattern) for pattern in keep_channels)
     ]
-    found, refused = try_cuts(full, chosen, probe(full, example))
+
+
+def _uniform(
+    full: nn.Module,
+    example: Tensor,
+    groups: Sequence[ChannelGroup],
+    priced: Callable[[nn.Module, Sequence[ChannelGroup]], Price],
+    target: float,
+) -> Plan:
+    """Cuts each of the groups that can be cut by the same share, to so much."""
+    found, refused = try_cuts(full, groups, probe(full, example))
     chosen = [group for group in found if group.name not in refused]
-    channels, price = [group.channels for group in chosen], Macs(full, chosen, example)
+    channels, price = [group.channels for group in chosen], priced(full, chosen)
     sizes = [block(g.channels, g.producers[0].index.shape[1]) for g in chosen]
     share, near = _SHARE, False
     while not near:
         sizes = [_halved(size, share * width) for size, width in zip(sizes, channels, strict=True)]
         ladders = [steps(*group) for group in zip(channels, sizes, strict=True)]
-        widths = even_widths(channels, ladders, price, macs)
-        near = abs(price(widths) / macs - 1) <= _NEAR or max(sizes) == 1
+        widths = even_widths(channels, ladders, price, target, price.unit)
+        near = abs(price(widths) / target - 1) <= _NEAR or max(sizes) == 1
         share /= 2
     even = Plan()
     gone = [(g, range(width, g.channels)) for g, width in zip(chosen, widths, strict=True)]

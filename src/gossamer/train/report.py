@@ -119,14 +119,14 @@ def notes(summary: Mapping[str, Any]) -> str:
         )
     widths = summary.get("widths")  # older runs had none
     if widths is not None:
-        what, how = (
-            ("executed MACs", ", all layers narrowed alike,")
-            if widths["uniform"]
-            else ("widths", "")
-        )
+        what = {
+            "widths": "the widths",
+            "macs": "the executed MACs, all layers narrowed alike,",
+            "nonzeros": "as many weights as there are non-zeros, all layers narrowed alike,",
+        }
         text += (
-            f"\nThe network had the {what} of {widths['of']}{how} from the start, and weights of "
-            "its own; dense is the full-width network."
+            f"\nThe network had {what[widths['match']]} of {widths['of']} from the start, and "
+            "weights of its own; dense is the full-width network."
         )
     for refused in summary["refused"]:
         text += f"\nNot cut, it would have been slower: {refused}."

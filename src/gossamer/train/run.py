@@ -439,14 +439,14 @@ class _Run:
             self._full(),
             self.example,
             network=(config.model, config.width),
-            uniform=config.uniform_widths,
+            match=config.widths_match,
             keep_channels=config.keep_channels,
         )
 
     def _about_widths(self) -> dict[str, Any] | None:
         if self.widths is None:
             return None
-        return {"of": self.widths.source, "uniform": self.config.uniform_widths}
+        return {"of": self.widths.source, "match": self.config.widths_match}
 
     def _model(self) -> nn.Module:
         """The network as training starts from it: the same each time."""

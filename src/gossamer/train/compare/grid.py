@@ -39,7 +39,7 @@ _DECIDED = {
         "give it to the entries of methods that learn thresholds",
     ),
     "widths_of": "give it to an entry; dense networks of the slim ones' widths are `rivals`",
-    "uniform_widths": "give it to an entry, with widths_of; or list `rivals: [uniform]`",
+    "widths_match": "give it to an entry, with widths_of; or list `rivals: [uniform]`",
 }
 _DATA = ("data", "val_fraction", "image_size")
 _COMMON = ("model", "width", *_DATA, "channels_last", "threads", "device", "out")

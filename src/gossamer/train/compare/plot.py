@@ -19,7 +19,7 @@ _PANELS = {
     "latency": "latency / dense",
 }
 _MARKERS = "osD^vP*X<>hd"
-_RIVAL_MARKERS = dict(zip(RIVALS, "soD", strict=True))
+_RIVAL_MARKERS = dict(zip(RIVALS, "soD^", strict=True))
 
 
 def draw(path: Path, title: str, rows: Sequence[Row]) -> None:

@@ -92,11 +92,12 @@ _LEGEND = """\
   that what else ran on the machine does not count; else by the clock on the wall.
 """
 _RIVALS_LEGEND = """\
-- slim, slim-wall-time, uniform: dense networks that were as narrow from the start, with weights of
-  their own and the dense twin's recipe. slim has the widths of the slim network above it, and as
-  many epochs; slim-wall-time the same widths, and as many epochs as fit into the training time of
-  the sparse run, by what slim took for one; uniform the executed MACs of that slim network, every
-  layer narrowed by the same share.
+- slim, slim-wall-time, uniform, uniform-nonzeros: dense networks that were as small from the start,
+  with weights of their own and the dense twin's recipe. slim has the widths of the slim network
+  above it, and as many epochs; slim-wall-time the same widths, and as many epochs as fit into the
+  training time of the sparse run, by what slim took for one; uniform the executed MACs of that slim
+  network, and uniform-nonzeros as many weights as it has non-zeros, every layer narrowed by the
+  same share.
 """
 
 

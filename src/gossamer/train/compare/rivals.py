@@ -1,9 +1,10 @@
-"""Rivals of a slim network: dense networks that are as narrow from the start.
+"""Rivals of a slim network: dense networks that are as small from the start.
 
 slim             the slim network's widths, for as many epochs
 slim-wall-time   the same, for as many epochs as fit into the time that the sparse training took, or
                  would have taken on an idle machine
 uniform          the slim network's executed MACs, every layer narrowed by the same share
+uniform-nonzeros as many weights as the slim network has non-zeros, narrowed likewise
 
 Each is trained by the dense twin's recipe, from weights of its own. (Liu et al., ICLR 2019, arXiv
 1810.05270, call the first Scratch-E; their Scratch-B has the dense network's work, not time.)
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from gossamer.method import Method
 from gossamer.reading import read_json
@@ -23,7 +25,11 @@ from gossamer.train.narrowing import Widths, digest, nothing_cut
 
 __all__ = ["RIVALS", "SLIM", "WALL_TIME", "check_origin", "launched", "rivals_of", "unneeded"]
 
-SLIM, WALL_TIME, UNIFORM = RIVALS = ("slim", "slim-wall-time", "uniform")
+SLIM, WALL_TIME, UNIFORM, NONZEROS = RIVALS = (
+    *("slim", "slim-wall-time"),
+    *("uniform", "uniform-nonzeros"),
+)
+_MATCH: dict[str, Literal["macs", "nonzeros"]] = {UNIFORM: "macs", NONZEROS: "nonzeros"}
 
 
 def rivals_of(
@@ -36,7 +42,8 @@ def rivals_of(
         names: Of RIVALS.
         dense: Settings of the dense twin; epochs and kept channels are the cell's.
         method: The dense twin's.
-        optional: Whether they are left out where nothing was cut; else that is an error.
+        optional: Whether those that need cut channels are left out where nothing was cut; else that
+            is an error.
     """
     made: dict[str, Cell] = {}
     for name in RIVALS:
@@ -44,7 +51,7 @@ def rivals_of(
             config = replace(
                 dense,
                 widths_of=str(cell.config.folder),
-                uniform_widths=name == UNIFORM,
+                widths_match=_MATCH.get(name, "widths"),
                 epochs=cell.config.epochs,
                 keep_channels=cell.config.keep_channels,
                 seed=cell.seed,
@@ -64,7 +71,7 @@ def rivals_of(
 
 def unneeded(cell: Cell) -> bool:
     """Whether an optional rival has no network to be the rival of: nothing was cut there."""
-    return cell.optional and cell.after[0].finished and not _plan_length(cell.after[0])
+    return cell.optional and cell.after[0].finished and _nothing_cut(cell)
 
 
 def launched(cell: Cell) -> TrainConfig:
@@ -78,7 +85,7 @@ def launched(cell: Cell) -> TrainConfig:
         return config
     if cell.run.config.exists():  # its epochs were counted when it was started
         return replace(config, epochs=int(read_yaml(cell.run.config).get("epochs", 0)))
-    if not _plan_length(cell.after[0]):
+    if _nothing_cut(cell):
         raise ValueError(nothing_cut(cell.after[0].config.folder))
     if cell.rival != WALL_TIME:
         return config
@@ -100,5 +107,6 @@ def check_origin(cell: Cell) -> None:
         )
 
 
-def _plan_length(cell: Cell) -> int:
-    return len(read_plan(cell.run.model))
+def _nothing_cut(cell: Cell) -> bool:
+    """Whether a rival needs narrower layers than there are; fewer weights there are in any case."""
+    return cell.rival != NONZEROS and not len(read_plan(cell.after[0].run.model))
