@@ -765,9 +765,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
             2,
         ),
         cli_row(
-            "`--uniform_widths` without a network",
-            "train --method static --density 1 --uniform_widths",
-            ("uniform_widths", "say with widths_of which network's MACs"),
+            "`--widths_match` without a network",
+            "train --method static --density 1 --widths_match macs",
+            ("widths_match=macs", "say with widths_of of which network"),
             "give the slim network too, with `--widths_of`",
         ),
         cli_row(

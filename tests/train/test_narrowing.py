@@ -1,4 +1,4 @@
-"""Networks that are narrow from the start: `widths_of`, `uniform_widths`, and the run they make."""
+"""Networks that are narrow from the start: `widths_of`, `widths_match`, and the run they make."""
 
 import copy
 import json
