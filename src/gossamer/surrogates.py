@@ -21,6 +21,9 @@ __all__ = ["block_margin", "long_tailed_step", "soft_threshold"]
 # instead of 16).
 _TILE = 1 << 17
 
+# A forward here ends with an operation in place, which saves a tensor, but not in a graph:
+# torch.compile of PyTorch 2.11 gives gradients of zero where it does.
+
 # `x > this` is `x >= 0`, but for denormal numbers.
 _JUST_BELOW_ZERO = -torch.finfo(torch.float32).tiny
 
@@ -74,7 +77,8 @@ def _gate(distance: Tensor) -> Tensor:
 class _LongTailedGate(torch.autograd.Function):
     @staticmethod
     def forward(distance: Tensor) -> Tensor:
-        return distance.clone().gt_(0)
+        kept = distance.clone().gt_(0)
+        return kept.clone() if torch.compiler.is_compiling() else kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -93,7 +97,8 @@ class _LongTailedStep(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, threshold: Tensor) -> Tensor:
         # Compared in place, into floats: a bool mask takes ten times as long on a CPU.
-        return weight.abs().gt_(threshold).mul_(weight)
+        kept = weight.abs().gt_(threshold)
+        return kept * weight if torch.compiler.is_compiling() else kept.mul_(weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -160,7 +165,8 @@ def soft_threshold(weight: Tensor, s: Tensor, alpha: Tensor, cut: Tensor | None 
 class _SoftThreshold(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, s: Tensor, alpha: Tensor, cut: Tensor | None) -> Tensor:
-        return weight.abs().sub_(s.sigmoid()).relu_().copysign_(weight)
+        size = weight.abs().sub_(s.sigmoid()).relu_()
+        return size.copysign(weight) if torch.compiler.is_compiling() else size.copysign_(weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
