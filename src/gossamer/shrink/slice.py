@@ -180,7 +180,9 @@ def _cut_tensor(
         return
     keep = cut.keep.to(tensor.device)
     if isinstance(tensor, nn.Parameter):
+        undo.append(lambda: _tell_compiler(owner, key))
         _cut_parameter(cut.tensor, tensor, dim, keep, optimizer, undo)
+        _tell_compiler(owner, key)
     else:
         undo.append(_buffer_setter(owner, key, tensor))
         owner._buffers[key] = _take(tensor, dim, keep)
@@ -235,6 +237,15 @@ def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
     parameter.data = torch.empty(0, dtype=other, device=parameter.device)
     parameter.data = data
+
+
+def _tell_compiler(owner: nn.Module, key: str) -> None:
+    """torch.compile, in PyTorch 2.8 to 2.11 at least, looks at a parameter's shape again only when
+    the dictionary that holds it has changed.
+    """
+    parameter = owner._parameters[key]
+    owner._parameters[key] = None
+    owner._parameters[key] = parameter
 
 
 def _take(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
