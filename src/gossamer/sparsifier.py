@@ -25,7 +25,7 @@ from gossamer.method import Method, Progress, SupportChange
 from gossamer.ops import spread
 from gossamer.parallel import DataParallel, check_agreement, from_first_rank, world_size
 from gossamer.reading import reading, short, whole_number
-from gossamer.sharding import is_sharded, local, placed, whole
+from gossamer.sharding import Crowd, is_sharded, local, placed, whole
 from gossamer.shrink.plan import Plan
 from gossamer.shrink.slice import Undo
 from gossamer.shrink.verify import cut_verified, outputs, probe
@@ -538,8 +538,13 @@ class Sparsifier:
                     dist.all_reduce(gradient)
                     gradient /= world
                 gradients.append(gradient)
-        finite = [whole(x).isfinite() for gradient in gradients for x in gradient.aminmax()]
-        if not finite or bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
+        if not gradients:
+            return True
+        device = gradients[0].device
+        parts = [part for part in map(local, gradients) if part.numel()]
+        spoiled = [~edge.isfinite().to(device) for part in parts for edge in part.aminmax()]
+        count = int(torch.stack(spoiled).sum()) if spoiled else 0
+        if Crowd(gradients).total(count, device) == 0:
             return True
         for mask, _ in self._masks:
             mask.dense_gradient = None
