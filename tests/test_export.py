@@ -98,6 +98,7 @@ def test_onnx_of_a_slim_net(tmp_path):
     assert str(ROOT).encode() not in path.read_bytes()
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 9), reason="torch.onnx of 2.8 writes no None")
 def test_onnx_takes_what_the_forward_takes(tmp_path):
     found = to_onnx(tmp_path / "model.onnx", Keywords(), KEYWORDS)
     assert found.inputs == {
@@ -273,7 +274,7 @@ class Answer:
 
 class Nothing(nn.Module):
     def forward(self, x):
-        return x.log() * float("nan")
+        return x.log() / 0 * 0
 
 
 @pytest.mark.parametrize(
@@ -283,7 +284,7 @@ class Nothing(nn.Module):
         (Decides(), torch.ones(2, 3), r"decides by values .*test_export.py line \d+: return x if"),
         (NoTensors(), torch.ones(2, 3), r"NoTensors: it returns a test_export.Answer: return ten"),
         (Nothing(), torch.ones(2, 3), r"the model gives no finite number to compare"),
-        (nn.Linear(4, 3), torch.ones(2, 3), r"Linear fails on the example \(RuntimeError: mat1"),
+        (nn.Linear(4, 3), torch.ones(2, 3), r"Linear fails on the example \(RuntimeError: .*mat1"),
         (nn.Linear(4, 3), torch.ones(2, 4).double(), r"fails on the example \(RuntimeError: .*d"),
         (nn.Linear(4, 3), {"y": torch.ones(2, 4)}, r"fails on the example \(TypeError: "),
         (nn.Linear(4, 3), torch.tensor(1.0), r"no batch in dim 0"),

@@ -1155,6 +1155,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
 }
 ROWS = [row for rows in TABLE.values() for row in rows]
+OTHER_VERSIONS = {  # their words, and those of the versions in constraints.txt
+    "RuntimeError: addmm: ": "RuntimeError: ",  # PyTorch 2.15
+    "HeaderTooSmall": "header too small",  # safetensors 0.5
+}
 
 
 def _to_program(path: Path, model: nn.Module) -> None:
@@ -1180,6 +1184,8 @@ def message(row: Row, folder: Path) -> str:
     shown = (
         str(caught.value).replace(str(folder), "FOLDER").replace(os.path.realpath(folder), "FOLDER")
     )
+    for other, ours in OTHER_VERSIONS.items():
+        shown = shown.replace(other, ours)
     return " ".join(shown.split())
 
 

@@ -456,7 +456,7 @@ def pointwise(weight: Tensor, bias: Tensor) -> SparseLayer:
 
 
 @needs_kernels
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated", "ignore:.*Profiler clears")
 def test_who_watches_sees_the_operators() -> None:
     layer, x = pointwise(torch.randn(4, 3, 1, 1), torch.randn(4)), images()
     with torch.profiler.profile() as seen:

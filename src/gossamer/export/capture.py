@@ -174,6 +174,8 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         # Recurrent layers collect their own parameters anew.
         warnings.filterwarnings("ignore", message="The tensor attributes? .*_flat_weights")
+        # torch.export.load reads tensors from bytes.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
         for category in (DeprecationWarning, FutureWarning):
             for package in ("torch", "onnxscript", "onnx_ir", "onnx"):
                 warnings.filterwarnings("ignore", category=category, module=rf"{package}\b")

@@ -451,13 +451,13 @@ def _as_images(x: Any, maps: int, single: bool) -> Any:
 
 def _csr(weight: Tensor) -> Tensor:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+        warnings.filterwarnings("ignore", message="Sparse (CSR tensor|invariant)")
         return weight.to_sparse_csr()
 
 
 def _csr_of(rows: Tensor, columns: Tensor, values: Tensor, inputs: int) -> Tensor:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+        warnings.filterwarnings("ignore", message="Sparse (CSR tensor|invariant)")
         shape = (len(rows) - 1, inputs)
         return torch.sparse_csr_tensor(rows, columns, values, shape, check_invariants=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from gossamer.train.html.draw import Curve, Plot, plot
@@ -140,8 +141,10 @@ def _of_several(panel: _Panel, runs: Sequence[Run]) -> Iterator[Curve]:
 
 def _flat(curves: Sequence[Curve], alone: bool) -> bool:
     """Whether nothing ever changed: in each curve of one run, in those of all runs together."""
-    values = [{value for _, value in curve.points} for curve in curves]
-    return all(len(own) == 1 for own in (values if alone else [set().union(*values)]))
+    values = [[value for _, value in curve.points] for curve in curves]
+    groups = values if alone else [list(chain(*values))]
+    # That of the start is a sum over layers, which rounds.
+    return all(math.isclose(min(group), max(group), rel_tol=1e-9) for group in groups)
 
 
 def _points(rows: Sequence[Row], column: str) -> list[tuple[float, float]]:
