@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BROWSER := $(VENV)/.browser
 
-.PHONY: demo test test-all check sanitize format docs dist clean
+.PHONY: demo test test-all test-oldest test-newest check sanitize format docs dist clean
 
 demo: $(READY)
 	$(BIN)/gossamer train --config digits-chase --overwrite
@@ -16,6 +16,17 @@ test: $(READY) $(BROWSER)
 
 test-all: $(READY) $(BROWSER)
 	$(BIN)/python -m pytest
+
+# With the oldest versions that pyproject.toml allows, and with the newest there are, on PYTHON: each
+# downloads gigabytes, since PyTorch comes with CUDA. Other versions warn of other things.
+test-oldest: RESOLUTION = lowest-direct
+test-newest: RESOLUTION = highest
+test-oldest test-newest: test-%:
+	test -x $(VENV)-$*/bin/python || $(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(VENV)-$*/bin/uv pip install --quiet --python $(VENV)-$*/bin/python --resolution $(RESOLUTION) -e ".[dev]"
+	$(VENV)-$*/bin/python -m pytest -n auto --maxprocesses 4 -m "not slow and not gpu" \
+		-W ignore::DeprecationWarning -W ignore::FutureWarning
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -50,4 +61,4 @@ $(BROWSER): | $(READY)
 	touch $(BROWSER)
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist site .pytest_cache .mypy_cache .ruff_cache
