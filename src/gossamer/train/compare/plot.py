@@ -19,6 +19,7 @@ _PANELS = {
     "latency": "latency / dense",
 }
 _MARKERS = "osD^vP*X<>hd"
+_COLOURS = [f"C{n}" for n in range(10)] + ["navy", "darkgreen", "maroon", "gold", "hotpink", "teal"]
 _RIVAL_MARKERS = dict(zip(RIVALS, "soD^", strict=True))
 
 
@@ -60,7 +61,7 @@ def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
                 [_mean(point["accuracy"]) for point in shown],
                 xerr=[_spread(point[name]) for point in shown],
                 yerr=[_spread(point["accuracy"]) for point in shown],
-                color=f"C{index}",
+                color=_COLOURS[index % len(_COLOURS)],
                 marker=_RIVAL_MARKERS[rival] if rival else _MARKERS[index % len(_MARKERS)],
                 markerfacecolor="white" if rival else None,
                 linestyle=":" if rival else "-",
