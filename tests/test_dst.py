@@ -300,6 +300,21 @@ def test_alpha_decides_the_density(synthetic: Synthetic) -> None:
     assert abs(float(dead - live)) < 0.05
 
 
+def test_a_run_that_resets_layers_again_and_again_says_so(synthetic: Synthetic) -> None:
+    with pytest.warns(UserWarning, match="a smaller alpha, or a target_density") as told:
+        sparsifier, _, resets = synthetic.train(alpha=2e-2)
+    counted = [int(site.sparse.resets) for site in sparsifier.sites]
+    assert sum(counted) == resets > 2
+    assert counted[0] > 1
+    assert f"at threshold 0: 0 ({counted[0]} times)" in str(told[0].message)
+    assert told[0].filename == __file__
+
+    # One reset is the method's own way out; the counter is no part of a checkpoint.
+    sparsifier, _, resets = synthetic.train(alpha=1e-2)
+    assert resets == 1
+    assert not any("resets" in name for name in sparsifier.model.state_dict())
+
+
 @pytest.mark.slow
 def test_clamp_and_granularity(synthetic: Synthetic) -> None:
     """5.7: clamped is sparser than free, and alpha means another thing at each granularity."""
@@ -379,6 +394,8 @@ def test_training_equals_the_twin(granularity: str) -> None:
             np.testing.assert_allclose(site.sparse.threshold.detach().numpy(), t, atol=1e-9)
             assert np.array_equal(site.support.numpy(), twin.mask(w, t).astype(bool))
     assert other.resets, "the run is to include resets"
+    counted = [int(site.sparse.resets) for site in sparsifier.sites]
+    assert counted == [sum(layer == at for _, at in other.resets) for layer in range(2)]
 
 
 def test_nothing_but_the_parameters_is_saved() -> None:

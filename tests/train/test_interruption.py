@@ -341,6 +341,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
     assert all(x.isfinite().all() for x in checkpoint["state_dict"].values())
 
 
+def test_what_gossamer_warns_of_is_told_without_a_line_of_source(tmp_path):
+    watcher = Watching()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("default", "DST", UserWarning)
+        train(tiny(tmp_path / "run", method="dst"), gossamer.DST(alpha=10.0), watcher=watcher)
+    (told,) = (note for note in watcher.notes if "reset_below=0.01 again and again" in note)
+    assert told.startswith("warning: DST(alpha=10)")
+
+
 @pytest.mark.slow
 def test_a_collapse_stops_a_run_and_can_be_held_instead(tmp_path):
     method = gossamer.STR(s_init=-5.0)

@@ -15,6 +15,7 @@ alpha -> `alpha`, 1 % -> `reset_below`.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,12 +54,17 @@ class Thresholded(LearnedThreshold):
         threshold: `(out, 1, ...)`, `(1, 1, ...)` or the weight's shape; starts at 0.
         block: Consecutive rows that are kept or pruned together, at one position: where the mean of
             their magnitudes exceeds that of their thresholds.
+        resets: 0-d, how often the layer was set back to threshold 0, since it was made or resumed.
     """
+
+    resets: Tensor
 
     def __init__(self, weight: Tensor, granularity: str, block: int = 1) -> None:
         super().__init__()
         self.block = block
         self.threshold = nn.Parameter(weight.new_zeros(threshold_shape(weight, granularity)))
+        resets = torch.zeros((), dtype=torch.int64, device=weight.device)
+        self.register_buffer("resets", resets, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         """`weight * S(|weight| - threshold)`."""
@@ -178,7 +184,23 @@ class DST(Targeted):
                 for tensor in (threshold, *state.values()):
                     if isinstance(tensor, Tensor) and tensor.shape == threshold.shape:
                         tensor.masked_fill_(collapsed, 0)
+                _thresholded(site).resets.add_(whole(collapsed))
+        if progress.step == progress.total_steps:
+            self._warn_of_resets(sites)
         return super().advance(sites, progress, optimizer)
+
+    def _warn_of_resets(self, sites: Sequence[Site]) -> None:
+        """Warn of layers that were reset again and again: the density they end at is chance."""
+        times = {site.name: int(_thresholded(site).resets) for site in sites}
+        sawing = [f"{name} ({count} times)" for name, count in times.items() if count > 1]
+        if sawing:
+            warnings.warn(
+                f"DST(alpha={self.alpha:g}) took layers below reset_below={self.reset_below:g} "
+                f"again and again, and they started anew at threshold 0: {', '.join(sawing)}. "
+                "Where their densities stand at the end is chance: give a smaller alpha, or a "
+                "target_density",
+                stacklevel=5,  # the caller of Sparsifier.step
+            )
 
 
 def _thresholded(site: Site) -> Thresholded:

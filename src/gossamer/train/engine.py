@@ -26,7 +26,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gossamer.collapse import CollapseWarning
 from gossamer.finite import check_weights
 from gossamer.integrations.lightning import FiniteLoss, SparsifyCallback
 from gossamer.measure.channels import channel_stats
@@ -44,6 +43,7 @@ from gossamer.train.work import Work
 __all__ = ["History", "Row", "Watcher", "fit", "make_optimizer", "rate", "write_history"]
 
 Row = dict[str, float]
+_PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass
@@ -178,15 +178,21 @@ def write_history(folder: RunFolder, network: str, history: History) -> None:
 
 @contextmanager
 def _noted(watcher: Watcher) -> Iterator[None]:
-    """A layer's collapse is told to the watcher, not as a warning with a line of source."""
+    """What Gossamer warns of is told to the watcher, not as a warning with a line of source."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
-        def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if issubclass(category, CollapseWarning):
+        def tell(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            *more: Any,
+            **others: Any,
+        ) -> None:
+            if _PACKAGE in Path(filename).parents:
                 watcher.noted(f"warning: {message}")
             else:
-                show(message, category, *where, **more)
+                show(message, category, filename, *more, **others)
 
         warnings.showwarning = tell
         yield
