@@ -92,9 +92,9 @@ class Chase(Method):
         channel_score: "umm", "masked_mean" (mean over active weights) or "density".
         channel_score_per: What the score is weighed against: "channel" (as in the paper: every
             channel counts the same), or what its removal saves: "macs", "bytes" or "latency".
-        min_channel_factor: No layer falls below this share of its uniform final width: 1 removes
-            evenly, 0 wherever scores are lowest. With a budget, that width is where all layers as
-            narrow would meet it.
+        min_channel_factor: No layer falls below this share of its uniform final width, rounded
+            down to its multiple: 1 removes evenly, 0 wherever scores are lowest. With a budget,
+            that width is where all layers as narrow would meet it.
         min_channels: No layer falls below this many channels (or its width, if narrower).
         channel_multiple: Widths are rounded to a multiple of this; None: to 16, or 8 in layers
             below 64 channels, or 1 below 16; the very last block is then only as large as a budget
