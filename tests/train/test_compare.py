@@ -371,6 +371,10 @@ def row(label, seed, accuracy, macs, density=None, rival=""):
         "val_accuracy": accuracy,
         "density": 0.25,
         "latency_ratio": None,
+        "machine": "a processor",
+        "torch": "2.13.0",
+        "threads": 1,
+        "train_clock": "cpu",
     }
 
 
@@ -402,6 +406,17 @@ def test_the_table_by_hand():
     assert (cells["vs dense"], cells["MACs sparse"]) == ("+0.00", "0.250")
     assert cells["accuracy"] == "62.50 +- 53.03"
     assert means(found[2:])[1][3] == "-"  # no dense twin has been trained
+
+
+@pytest.mark.parametrize(
+    "other", [{"machine": "another"}, {"torch": "2.14.0"}, {"threads": 2}, {"train_clock": "wall"}]
+)
+def test_training_times_are_of_one_machine(other):
+    found = [row("dense", 0, 0.75, 200), row("dense", 1, 0.5, 100) | other]
+    found += [row("set", 0, 0.25, 50, 0.1), row("set", 1, 0.25, 50, 0.1) | other]
+    found += [row("mest", 0, 0.25, 50, 0.1) | {"machine": "a third"}]
+    column = means(found)[0].index("training time")
+    assert [line[column] for line in means(found)[1:]] == ["1.000", "0.375 +- 0.177", "-"]
 
 
 # ------------------------------------------------------------------ processes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from types import MappingProxyType
@@ -89,7 +88,8 @@ _LEGEND = """\
 - MACs training: of the whole run, forward and both backward products, those that the method's
   zeros allow to skip left out.
 - training time: of training and validation, by the processor's clock where one thread did all, so
-  that what else ran on the machine does not count; else by the clock on the wall.
+  that what else ran on the machine does not count; else by the clock on the wall. Only of runs
+  that were timed as the dense twins were: on such a machine, with that PyTorch and those threads.
 """
 _RIVALS_LEGEND = """\
 - slim, slim-wall-time, uniform, uniform-nonzeros: dense networks that were as small from the start,
@@ -197,10 +197,18 @@ def figures_of(group: Sequence[Row], dense: Sequence[Row]) -> dict[str, list[flo
         "epochs": [row["epochs"] for row in group],
     }
     for name in _RATIOS:
-        base = fmean(row[name] for row in dense) if dense else math.nan
-        found[name] = [row[name] / base for row in group]
+        timed = name == "train_seconds"  # means nothing beside another machine's
+        bases = [[twin[name] for twin in dense if not timed or _alike(row, twin)] for row in group]
+        found[name] = [
+            row[name] / fmean(base) for row, base in zip(group, bases, strict=True) if base
+        ]
     found["latency"] = [row["latency_ratio"] for row in group if row["latency_ratio"] is not None]
     return found
+
+
+def _alike(row: Row, twin: Row) -> bool:
+    """Whether the times of two trainings can be compared."""
+    return all(row[name] == twin[name] for name in ("machine", "torch", "threads", "train_clock"))
 
 
 def means(rows: Sequence[Row], narrow: bool = False) -> list[tuple[str, ...]]:
@@ -232,7 +240,7 @@ def _named(kind: Group) -> str:
 
 def _spread(values: Sequence[float], form: str, deviation: bool) -> str:
     """Mean +- standard deviation; the latter only where it shows."""
-    if not values or any(map(math.isnan, values)):
+    if not values:
         return "-"
     text = form.format(fmean(values))
     if deviation and len(values) > 1:
