@@ -107,6 +107,14 @@ def test_entries_may_have_densities_of_their_own(compared):
     ]
     assert found.cells[3].method == gossamer.Static(density=0.5)
     assert found.notes == ("half runs once per seed: its entry sets density.",)
+    found = compared(methods=["static", {"method": "str", "densities": [0.1, 0.05]}], seeds=[3])
+    assert [str(cell) for cell in found.cells][3:] == [
+        "str, density 0.1, seed 3",
+        "str, density 0.05, seed 3",
+    ]
+    assert found.cells[4].method == gossamer.STR(target_density=0.05)
+    assert found.cells[4].config.folder.name == "str-d0.05-s3"
+    assert not found.notes
 
 
 def test_learned_thresholds_get_a_target(compared):
@@ -162,6 +170,13 @@ def test_defaults(tmp_path):
         ({"rivals": ["slim", "slim"]}, "rivals: slim is there twice"),
         ({"rivals": ["slim-wall-time"]}, "slim-wall-time needs slim, whose epochs"),
         ({"methods": [{"method": "static", "rivals": [1]}]}, "static: rivals: there is no rival 1"),
+        ({"methods": [{"method": "static", "densities": 0.1}]},
+         "methods, static: densities: got 0.1; wanted a list of numbers"),
+        ({"methods": [{"method": "static", "densities": []}]}, "static: densities: got []; wanted"),
+        ({"methods": [{"method": "srste", "densities": [0.1]}]}, "srste has no density to set"),
+        ({"methods": [{"method": "str", "densities": [0.1], "target_density": 0.2}]},
+         "methods, str: got target_density and densities; wanted one of them"),
+        ({"methods": [{"method": "statik", "densities": [0.1]}]}, "no method is called 'statik'"),
         ({"widths_of": "runs/x"}, "dense networks of the slim ones' widths are `rivals`"),
         ({"sparsities": [0.1]}, "no setting 'sparsities' (did you mean densities?)"),
     ],

@@ -1,8 +1,8 @@
 """What a comparison is told: one YAML file of common settings, methods, densities and seeds.
 
 methods x densities x seeds, and the dense twin once per seed: each of these is a cell, and a run
-of its own. Methods that take a density get each one of the list; an entry that sets its own
-density, and a method that has none, run once per seed. Rivals of a cell follow it.
+of its own. Methods that take a density get each one of the list, or of the entry's own; an entry
+that sets a single one, and a method that has none, run once per seed. Rivals of a cell follow it.
 """
 
 from __future__ import annotations
@@ -100,15 +100,13 @@ def read(file: Path, out: str | None = None) -> Comparison:
     common = {name: value for name, value in values.items() if name not in _LISTS}
     try:
         _check_common(common)
-        densities = _numbers(values, "densities", float, ())
-        seeds = _numbers(values, "seeds", int, (0, 1, 2))
+        densities = (
+            _numbers(values["densities"], "densities", float) if "densities" in values else ()
+        )
+        seeds = _numbers(values.get("seeds", (0, 1, 2)), "seeds", int)
         rivals = _rivals(values.get("rivals", ()), "rivals")
         entries = _entries(values["methods"])
-        own_rivals = {
-            label: _rivals(settings.pop("rivals"), f"methods, {label}: rivals")
-            for label, settings in entries.items()
-            if "rivals" in settings
-        }
+        own_densities, own_rivals = _own_lists(entries)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
 
@@ -119,8 +117,9 @@ def read(file: Path, out: str | None = None) -> Comparison:
     notes = []
     for label, settings in entries.items():
         field = _density_field(str(settings["method"]))
-        listed = bool(densities) and field is not None and field not in settings
-        for density in densities if listed else (None,):
+        several = own_densities.get(label, densities)
+        listed = bool(several) and field is not None and field not in settings
+        for density in several if listed else (None,):
             own = settings if density is None else {**settings, str(field): density}
             kinds.append((label, density, *_typed(file, label, {**common, **own})))
         if densities and not listed:
@@ -198,24 +197,21 @@ def _rivals(given: Any, where: str) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _numbers(
-    values: Mapping[str, Any], name: str, kind: Callable[[Any], _T], default: tuple[_T, ...]
-) -> tuple[_T, ...]:
+def _numbers(given: Any, where: str, kind: Callable[[Any], _T]) -> tuple[_T, ...]:
     """A list of different numbers."""
-    given = values.get(name, default)
     wanted = f"wanted a list of {'whole ' if kind is int else ''}numbers"
-    if not isinstance(given, list | tuple) or (name in values and not given):
-        raise UsageError(f"{name}: got {given!r}; {wanted}")
+    if not isinstance(given, list | tuple) or not given:
+        raise UsageError(f"{where}: got {given!r}; {wanted}")
     numbers = []
     for value in given:
         try:
             number = kind(value)
         except (TypeError, ValueError) as error:
-            raise UsageError(f"{name}: got {value!r}; {wanted}") from error
+            raise UsageError(f"{where}: got {value!r}; {wanted}") from error
         if isinstance(value, bool) or (kind is int and number != value):
-            raise UsageError(f"{name}: got {value!r}; {wanted}")
+            raise UsageError(f"{where}: got {value!r}; {wanted}")
         if number in numbers:
-            raise UsageError(f"{name}: {value} is there twice")
+            raise UsageError(f"{where}: {value} is there twice")
         numbers.append(number)
     return tuple(numbers)
 
@@ -255,6 +251,26 @@ def _entries(given: Any) -> dict[str, dict[str, Any]]:
             )
         entries[label] = settings
     return entries
+
+
+def _own_lists(
+    entries: Mapping[str, dict[str, Any]],
+) -> tuple[dict[str, tuple[float, ...]], dict[str, tuple[str, ...]]]:
+    """Densities and rivals of entries that have lists of their own, which are taken out of them."""
+    densities, rivals = {}, {}
+    for label, settings in entries.items():
+        where = f"methods, {label}"
+        if "rivals" in settings:
+            rivals[label] = _rivals(settings.pop("rivals"), f"{where}: rivals")
+        if "densities" in settings:
+            densities[label] = _numbers(settings.pop("densities"), f"{where}: densities", float)
+            method = str(settings["method"])
+            field = _density_field(method)
+            if method in METHODS and field is None:
+                raise UsageError(f"{where}: {method} has no density to set: leave densities out")
+            if field in settings:
+                raise UsageError(f"{where}: got {field} and densities; wanted one of them")
+    return densities, rivals
 
 
 def _density_field(method: str) -> str | None:
