@@ -434,6 +434,17 @@ def test_training_times_are_of_one_machine(other):
     assert [line[column] for line in means(found)[1:]] == ["1.000", "0.375 +- 0.177", "-"]
 
 
+def test_the_legend_has_room(tmp_path):
+    found = [row("dense", 0, 0.75, 200) | {"latency_ratio": 1.0}]
+    found += [row(f"method {n}", 0, 0.5, 100, 0.1) | {"latency_ratio": 0.5} for n in range(30)]
+    draw(tmp_path / "plot.svg", "many", found)
+    text = (tmp_path / "plot.svg").read_text()
+    height = float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', text)[1])
+    lowest = max(float(y) for y in re.findall(r'<text [^>]* y="([\d.]+)"', text))
+    assert "method 29" in text
+    assert lowest < height
+
+
 # ------------------------------------------------------------------ processes
 
 CONDITIONS = [field.name for field in fields(Conditions)]

@@ -44,7 +44,7 @@ def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
     labels = list(dict.fromkeys(label for label, _ in lines))
     own = figures_of(dense, dense)
 
-    drawing = figure(13, 4.4)
+    drawing = figure(13, max(4.4, 0.4 + 0.21 * (1 + len(lines))))  # as high as the legend
     panels = drawing.subplots(1, len(_PANELS), sharey=True)
     for axes, (name, caption) in zip(panels, _PANELS.items(), strict=True):
         if dense:
