@@ -650,9 +650,11 @@ def _train_alike(runs, *, least_cuts: int = 2) -> None:
             outputs.append(evaluate(model, x))
             counts.append([site.nonzeros for site in sparsifier.sites])
         widths.add(sum(p.numel() for p in runs["during"][0].parameters()))
-        assert abs(losses[0] - losses[1]) <= 1e-12 * max(1, abs(losses[0]))
+        # Sums of fewer terms round otherwise, by up to 1e-12 after these steps on some machines; a
+        # weight that is not where it belongs makes 1e-6 and more.
+        assert abs(losses[0] - losses[1]) <= 1e-10 * max(1, abs(losses[0]))
         scale = max(1.0, float(outputs[0].abs().max()))
-        assert float((outputs[0] - outputs[1]).abs().max()) <= 1e-12 * scale
+        assert float((outputs[0] - outputs[1]).abs().max()) <= 1e-10 * scale
         assert counts[0] == counts[1]
     assert len(widths) > least_cuts
 
@@ -687,7 +689,8 @@ def _same_parameters(masked, slim) -> None:
                 seen += 1
         for whole, cut in pairs:
             kept = _at(plan, layer, whole.detach())
-            torch.testing.assert_close(kept, cut.detach(), rtol=0, atol=1e-10, msg=name)
+            scale = max(1.0, float(kept.abs().max()))  # a stem before a batch norm comes to 4000
+            torch.testing.assert_close(kept, cut.detach(), rtol=0, atol=1e-10 * scale, msg=name)
     assert seen > 4
 
 

@@ -15,6 +15,7 @@ from torch import nn
 import gossamer
 from gossamer.train import cli, flags
 from gossamer.train.models import build_model
+from ports import free_port
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [
@@ -81,6 +82,10 @@ def test_snippets(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         gossamer.save(tmp_path / RUN / "model.safetensors", trained)
     snippets = blocks(page, "python")
     for snippet in snippets:
+        # What snippets on several processes would set, and leave behind.
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+        for name, value in {**place, "RANK": 0, "WORLD_SIZE": 1}.items():
+            monkeypatch.setenv(name, str(value))
         exec(compile(snippet, str(page), "exec"), names())
     if page.name == "README.md":
         assert len(snippets) == 2

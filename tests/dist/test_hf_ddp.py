@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch.multiprocessing as mp
 from torch.nn import functional as F
 
 import gossamer
+from ports import free_port
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
@@ -98,13 +98,6 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     if world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:

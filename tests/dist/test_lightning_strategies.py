@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import gossamer
+from ports import free_port
 
 pytest.importorskip("lightning")
 
@@ -84,13 +84,6 @@ def worker(rank: int, world: int, port: int, strategy: str, folder: str) -> None
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0"}
     os.environ["TORCHELASTIC_RUN_ID"] = "test"
     torch.save(train(strategy, rank, world), f"{folder}/{strategy}-{rank}.pt")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
