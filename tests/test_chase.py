@@ -638,7 +638,7 @@ def _pair(name: str, optimizer: str, dtype: torch.dtype, chase: gossamer.Chase):
     return runs
 
 
-def _train_alike(runs, *, least_cuts: int = 2, rounding: float = 1e-12) -> None:
+def _train_alike(runs, *, least_cuts: int = 2) -> None:
     """Losses, outputs and masks of the masked and the cut network, after every step."""
     x = images(4, seed=9)
     data = batches(STEPS)
@@ -650,9 +650,9 @@ def _train_alike(runs, *, least_cuts: int = 2, rounding: float = 1e-12) -> None:
             outputs.append(evaluate(model, x))
             counts.append([site.nonzeros for site in sparsifier.sites])
         widths.add(sum(p.numel() for p in runs["during"][0].parameters()))
-        assert abs(losses[0] - losses[1]) <= rounding * max(1, abs(losses[0]))
+        assert abs(losses[0] - losses[1]) <= 1e-12 * max(1, abs(losses[0]))
         scale = max(1.0, float(outputs[0].abs().max()))
-        assert float((outputs[0] - outputs[1]).abs().max()) <= rounding * scale
+        assert float((outputs[0] - outputs[1]).abs().max()) <= 1e-12 * scale
         assert counts[0] == counts[1]
     assert len(widths) > least_cuts
 
@@ -687,8 +687,7 @@ def _same_parameters(masked, slim) -> None:
                 seen += 1
         for whole, cut in pairs:
             kept = _at(plan, layer, whole.detach())
-            scale = max(1.0, float(kept.abs().max()))  # Adam's squares come to 1e6
-            torch.testing.assert_close(kept, cut.detach(), rtol=0, atol=1e-10 * scale, msg=name)
+            torch.testing.assert_close(kept, cut.detach(), rtol=0, atol=1e-10, msg=name)
     assert seen > 4
 
 
@@ -1094,10 +1093,13 @@ def test_skip_paths_equal_the_twin_with_other_settings(changes) -> None:
     ("name", "optimizer"), [*((name, "sgd") for name in SKIP_NETS), ("mobilenetv2", "adamw")]
 )
 def test_masked_and_cut_skip_paths_train_alike(name: str, optimizer: str) -> None:
-    # This one's stem comes to weights of 4000, and its rounding, on some processors, to 2e-12.
-    wild = (name, optimizer) == ("mobilenetv2", "sgd")
     runs = _pair(name, optimizer, torch.float64, _skip())
-    _train_alike(runs, rounding=1e-10 if wild else 1e-12)
+    if (
+        name == "mobilenetv2"
+    ):  # at higher rates its stem's weights come to 4000, and rounding to 2e-12
+        for _, _, opt in runs.values():
+            opt.param_groups[0]["lr"] = 0.001
+    _train_alike(runs)
 
 
 @pytest.mark.parametrize("name", ["bottleneck", "densenet"])
