@@ -1094,9 +1094,7 @@ def test_skip_paths_equal_the_twin_with_other_settings(changes) -> None:
 )
 def test_masked_and_cut_skip_paths_train_alike(name: str, optimizer: str) -> None:
     runs = _pair(name, optimizer, torch.float64, _skip())
-    if (
-        name == "mobilenetv2"
-    ):  # at higher rates its stem's weights come to 4000, and rounding to 2e-12
+    if name == "mobilenetv2":  # at higher rates its stem grows to 4000, and rounding with it
         for _, _, opt in runs.values():
             opt.param_groups[0]["lr"] = 0.001
     _train_alike(runs)
